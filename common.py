@@ -34,7 +34,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Literal, NoReturn
+from typing import Callable, ClassVar, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ def option(default, help: str):
 
 @dataclass
 class Config:
+    tiny_tokens: ClassVar[int] = 96  # --max_new_tokens on the chain task
     model: str = option("tiny", "student: 'tiny' (built and fitted here), a Hugging Face id or a folder")
     method: Literal["grpo"] = field(default="grpo", metadata={"help": "the baseline is the only one here"})
     data: str = option("chain", "'chain' (generated), a Hugging Face dataset id, or a jsonl, json, csv or parquet file")
@@ -73,7 +74,7 @@ class Config:
     group_size: int = option(8, "rollouts a problem")
     minibatches: int = option(1, "optimiser updates on each batch of rollouts")
     micro_batch: int = option(0, "rollouts a backward pass, to save memory; 0 = all; the gradient stays the same")
-    max_new_tokens: int = option(96, "budget of a whole trajectory in tokens, tool answers included")
+    max_new_tokens: int = option(0, "budget of a trajectory in tokens, tool answers included; 0 = enough for the chain, else 1024")
     max_turns: int = option(8, "assistant turns a trajectory; a tool call in the last turn is not run")
     temperature: float = option(1.0, "of the training rollouts; scoring uses the same")
     lr: float | None = option(None, "learning rate; not given = 3e-4 for tiny models, 1e-6 for others")
@@ -93,7 +94,7 @@ class Config:
         "help": "FILE.png: draw this run at its end; FILE.png RUN...: only draw those run folders"})
 
 
-AT_LEAST_ONE = {"prompts_per_step", "group_size", "minibatches", "max_new_tokens", "max_turns", "eval_tasks", "seeds"}
+AT_LEAST_ONE = {"prompts_per_step", "group_size", "minibatches", "max_turns", "eval_tasks", "seeds"}
 
 
 def parse(config_class, argv=None):
@@ -105,6 +106,7 @@ def parse(config_class, argv=None):
         value, least = getattr(config, f.name), {"temperature": 0.01}.get(f.name, int(f.name in AT_LEAST_ONE))
         if type(value) in (int, float) and not least <= value < math.inf:
             fail(f"--{f.name} {value} is out of range; give {least} or more")
+    config.max_new_tokens = config.max_new_tokens or (config.tiny_tokens if config.data == "chain" else 1024)
     if config.resume and config.overwrite:
         fail("--resume and --overwrite contradict each other; give one of them")
     if config.prompts_per_step % config.minibatches:
@@ -825,6 +827,13 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, micro_batch: int 
     return logps, entropy
 
 
+def rescore(model, rollouts: Rollouts, config) -> None:
+    """On CUDA, replaces the sampler's log-probs by the scorer's: bf16 kernels of the two differ by about 1e-2, and the
+    ratio of an unchanged policy must be 1. On CPU (fp32) they agree to 1e-5, so nothing is done."""
+    if rollouts.ids.device.type == "cuda":
+        rollouts.logps, rollouts.entropy = score(model, rollouts, config.temperature, config.micro_batch)
+
+
 # ------------------------------------------------------------------------------------------------ GRPO
 def group_advantages(rewards, group_size: int, std: bool = True):
     """GRPO advantages, (B,) -> (B,): A_i = (r_i - mean) / (std + 1e-6) within the group (DeepSeekMath, arXiv 2402.03300, eq. 3).
@@ -871,11 +880,6 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
     """
     norm, B = 0.0, len(rollouts.ids)
     advantages = advantages.expand(rollouts.ids.shape)                              # (B, T)
-    # bf16 kernels of decoding and scoring differ by about 1e-2, so on CUDA old log-probs are scored once more:
-    # the ratio of an unchanged policy must be 1. On CPU the two agree to 1e-5 and the sampler's serve.
-    old_logps = rollouts.logps
-    if rollouts.ids.device.type == "cuda":
-        old_logps, _ = score(student, rollouts, config.temperature, config.micro_batch)
     student.train()
     for rows in torch.arange(B).chunk(config.minibatches):
         tokens = rollouts.mask[rows].sum()  # one denominator for the whole optimiser batch
@@ -885,7 +889,7 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
             mask = rollouts.mask[part, columns]                                     # (b, t)
             logps = token_logps(student, rollouts.ids[part, columns], rollouts.attention_mask[part, columns],
                                 mask, config.temperature)                           # (b, t)
-            policy_loss(logps, old_logps[part, columns], advantages[part, columns], mask,
+            policy_loss(logps, rollouts.logps[part, columns], advantages[part, columns], mask,
                         denominator=tokens).backward()
         norm = apply_gradients(student, optimizer, step, base_lr(config))
     student.eval()
@@ -927,6 +931,10 @@ def evaluate(model, tok, tasks, *, samples: int = 1, greedy: bool = False, **sam
 
 
 # ------------------------------------------------------------------------------------------------ runs on disk
+def run_folder(config, script: str) -> Path:
+    return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
+
+
 class Run:
     """A run's folder (metrics.jsonl, summary.json, state.pt, model/), its lines on the console, its checkpoint."""
 
@@ -934,7 +942,7 @@ class Run:
         self.config, self.script, self.warned, self.parts = config, script, set(), {}
         self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survives --resume
         self.clock = time.time()
-        self.folder = Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
+        self.folder = run_folder(config, script)
         self.metrics = self.folder / "metrics.jsonl"
         if config.resume:
             self.state = self._load_state()
@@ -1097,6 +1105,14 @@ def plot_runs(png: str, folders: list) -> None:
     print(f"wrote {png}")
 
 
+def train_and_plot(config, train: Callable, script: str) -> None:
+    """What `python X.py` does: train, then draw with --plot FILE.png; with --plot FILE.png RUN..., only draw."""
+    if len(config.plot) < 2:
+        train(config)
+    if config.plot:
+        plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
+
+
 # ------------------------------------------------------------------------------------------------ chat, for judges and memory
 def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, temperature: float = 0.0, *, json_object: bool = False,
                  api_key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 4, workers: int = 8, batch: int = 8,
@@ -1209,6 +1225,7 @@ def train(config: Config) -> dict:
         tasks = rng.sample(train_tasks, config.prompts_per_step)
         rollouts = rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
                            generator=generator, **sampling)
+        rescore(student, rollouts, config)
         sampled = time.time()
         reward = rewards(rollouts, tasks).to(device)                                # (B,)
         advantages = group_advantages(reward, config.group_size)[:, None]           # (B, 1)
@@ -1228,11 +1245,7 @@ def train(config: Config) -> dict:
 
 
 def main(argv=None) -> None:
-    config = parse(Config, argv)
-    if len(config.plot) < 2:
-        summary_folder = train(config) and (config.out or f"runs/common-{config.method}-s{config.seed}")
-    if config.plot:
-        plot_runs(config.plot[0], config.plot[1:] or [summary_folder])
+    train_and_plot(parse(Config, argv), train, "common")
 
 
 if __name__ == "__main__":
