@@ -145,7 +145,10 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-TEMPLATE_ATOMS = ["system\n", "# Tools\n", "user\n", "assistant\n"]
+# What the template always writes in one piece is one token of the tiny tokenizer, so that a tool's answer costs three.
+TEMPLATE_ATOMS = ["<|im_start|>system\n", "# Tools\n", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>user\n",
+                  "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n<tool_response>\n",
+                  "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # special=False as in Qwen3: as special tokens they would vanish in decoding, and no tool call could be parsed.
 PROTOCOL = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]

@@ -54,7 +54,7 @@ from common import BAD_EXPRESSION, Task, Tool, option
 
 @dataclass
 class Config(common.Config):
-    tiny_tokens: ClassVar[int] = 256
+    tiny_tokens: ClassVar[int] = 160
     method: Literal["sod", "grpo", "opd", "opd_grpo", "sft", "decay", "mask_after_error", "no_cap", "sod_no_grpo"] = option(
         "sod", "SOD, a baseline or an ablation, all on the same loop (see METHODS)")
     teacher: str = option("tiny", "'tiny', a Hugging Face id or a folder; must share the student's tokenizer")
@@ -143,8 +143,8 @@ def sod_advantages(outcome, logps, teacher_logps, weights, mask, grpo: float = 1
 
 
 # ------------------------------------------------------------------------------------------------ the toy world
-# A tool call is seven tokens here, its boilerplate two of them; a whole turn is eleven.
-OPEN, CLOSE = '\n{"name": "calculator", "arguments": {"expression": "(', ')%10"}}\n'
+# The boilerplate of a call is two tokens, a call five, a whole turn with its phrase nine.
+OPEN, CLOSE = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "(', ')%10"}}\n</tool_call>'
 TIMED_OUT = "error: timed out"
 FIRST, SECOND = ("OK, ", "So, ", "Now, ", "Then, "), ("we get ", "we have ", "we do ", "we take ")
 # Rates of errors a turn, factor on them once something went wrong, what follows an error, habits of phrase.
@@ -165,7 +165,7 @@ def flaky(tool: Tool, rate: float, rng) -> Tool:
 
 
 def call_text(label: str, expression: str) -> str:
-    return f"{label}<tool_call>{OPEN}{expression}{CLOSE}</tool_call>"
+    return f"{label}{OPEN}{expression}{CLOSE}"
 
 
 def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8) -> list[tuple[str, str | None]]:
@@ -247,7 +247,7 @@ def load_teacher(config, tok, device):
     return teacher.to(device).requires_grad_(False)
 
 
-def improve(model, tok, timeout_rate: float, steps: int = 25) -> None:
+def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
     """GRPO on the outcome alone, in place."""
     config = Config(prompts_per_step=8, group_size=8)
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
