@@ -22,7 +22,7 @@ Eq. 7 `step_weights`, Eq. 8-10 `sod_advantages`.
 | --- | --- | --- |
 | student, teacher | Qwen3-0.6B or 1.7B, Qwen3-4B; both SFT, teacher then GRPO | tiny Qwen3s, made the same way |
 | tool | Python sandbox | calculator that times out on 10 % of the calls; --tool python |
-| prompts x rollouts, updates a batch | 64 x 16, 4 | 4 x 4, 1 (--minibatches) |
+| prompts x rollouts, updates a batch | 64 x 16, 4 | 8 x 8, 1 (--minibatches) |
 | learning rate | 1e-6 | 3e-4 (tiny), 1e-6 (others) |
 | delta, epsilon, coefficient of OPD | 0.2, 1e-6, 1 | the same |
 | loss | Eq. 9-10: two losses; code: one surrogate on the summed advantage, clip 0.2/0.28, dual clip 3 | as the code |
@@ -60,8 +60,8 @@ class Config(common.Config):
     teacher: str = option("tiny", "'tiny', a Hugging Face id or a folder; must share the student's tokenizer")
     tool: Literal["calculator", "python"] = option("calculator", "what the student may call")
     steps: int = option(100, "training steps")
-    prompts_per_step: int = option(4, "problems a step")
-    group_size: int = option(4, "rollouts a problem")
+    prompts_per_step: int = option(8, "problems a step")
+    group_size: int = option(8, "rollouts a problem")
     eval_tasks: int = option(400, "held-out problems")
     delta: float = option(0.2, "cap of a step's weight: 1 + delta")
     coefficient: float = option(1.0, "of the distillation advantage")
