@@ -1,16 +1,17 @@
 """What the four scripts share: tiny models, tasks, tools, rollouts, scoring, the GRPO baseline, runs on disk.
 
-    python common.py            trains the GRPO baseline on the chain task, without tools
+    python common.py        trains the GRPO baseline on the chain task, without tools
 
-Read it in this order when you read it for the first time:
-1. `rollout`            one batched decoding loop; ids are only ever appended, so the loss mask is exact by construction
-2. `token_logps`        the one place that scores tokens, for students, teachers and references alike
-3. `group_advantages`, `policy_loss`    the two formulas of GRPO
-4. `train`              the GRPO loop, written out; the loops of the other files have the same shape
+Where to start reading:
+1. `rollout`: one batched decoding loop. Ids are only ever appended, so the loss mask is exact by construction.
+2. `token_logps`: the one place that scores tokens, for students, teachers and references alike.
+3. `group_advantages`, `policy_loss`, `update`: GRPO.
+4. `train`: the training loop, written out. The loops of the other files have the same shape.
 
-Words: B rollouts (prompts x group_size), T columns (padded prompt, then response), N scored tokens, H hidden size, V vocabulary.
-`mask` (B, T) is 1 exactly on the tokens that the model sampled itself: only they carry loss. `attention_mask` (B, T) is 1 on every
-real token. Both come from lengths and from what the loop did, never from token values: pad may equal the end-of-turn token.
+Letters in shapes: B rollouts (prompts x group_size), T columns (padded prompt, then response), N scored tokens,
+H hidden size, V vocabulary. `mask` (B, T) is 1 exactly on the tokens that the model sampled itself: only they carry
+loss. `attention_mask` (B, T) is 1 on every real token. Both come from what the loop did, never from token values:
+pad may be the same id as the end of a turn.
 """
 import ast
 import contextlib
@@ -23,7 +24,7 @@ import operator
 import os
 import random
 import re
-import resource
+import resource  # noqa: F401  (POSIX only; fails here, early, where the python tool could not set its limits)
 import shutil
 import signal
 import subprocess
@@ -31,10 +32,11 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -43,15 +45,15 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedTokenizerFast,
-                          Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser,
+                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tool subprocesses fork; tokenizers would warn each time
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the python tool forks; tokenizers would warn each time
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------------- command line
 def fail(message: str) -> NoReturn:
     """One sentence on stderr, exit code 2. The only way these scripts complain about their input."""
     print(f"error: {message}", file=sys.stderr)
@@ -67,14 +69,14 @@ def option(default, help: str):
 class Config:
     tiny_tokens: ClassVar[int] = 96  # --max_new_tokens on the chain task
     model: str = option("tiny", "student: 'tiny' (built and fitted here), a Hugging Face id or a folder")
-    method: Literal["grpo"] = field(default="grpo", metadata={"help": "the baseline is the only one here"})
-    data: str = option("chain", "'chain' (generated), a Hugging Face dataset id, or a jsonl, json, csv or parquet file")
+    method: Literal["grpo"] = option("grpo", "the baseline is the only one here")
+    data: str = option("chain", "'chain' (generated), a Hugging Face dataset id, or a jsonl, json, csv, parquet file")
     steps: int = option(60, "training steps")
     prompts_per_step: int = option(8, "problems a step")
     group_size: int = option(8, "rollouts a problem")
     minibatches: int = option(1, "optimiser updates on each batch of rollouts")
     micro_batch: int = option(0, "rollouts a backward pass, to save memory; 0 = all; the gradient stays the same")
-    max_new_tokens: int = option(0, "budget of a trajectory in tokens, tool answers included; 0 = enough for the chain, else 1024")
+    max_new_tokens: int = option(0, "budget of a trajectory, tool answers included; 0 = enough for the chain, else 1024")
     max_turns: int = option(8, "assistant turns a trajectory; a tool call in the last turn is not run")
     temperature: float = option(1.0, "of the training rollouts; scoring uses the same")
     lr: float | None = option(None, "learning rate; not given = 3e-4 for tiny models, 1e-6 for others")
@@ -86,15 +88,19 @@ class Config:
     out: str = option("", "folder of the run; not given = runs/<script>-<method>-s<seed>")
     overwrite: bool = option(False, "replace the folder of an earlier run")
     resume: bool = option(False, "go on from the last checkpoint in the run's folder")
-    save_every: int = option(50, "checkpoint every so many steps; 0 = never")
+    save_every: int = option(50, "checkpoint every so many steps and at the end; 0 = never")
     show_every: int = option(20, "print one rollout every so many steps; 0 = never")
     fresh: bool = option(False, "fit the tiny models again instead of taking them from the cache")
     thinking: bool = option(False, "let the chat template open a thinking block (models that have one)")
     plot: list[str] = field(default_factory=list, metadata={
         "help": "FILE.png: draw this run at its end; FILE.png RUN...: only draw those run folders"})
 
+    def __post_init__(self):
+        if not self.max_new_tokens:
+            self.max_new_tokens = self.tiny_tokens if self.data == "chain" else 1024
 
-AT_LEAST_ONE = {"prompts_per_step", "group_size", "minibatches", "max_turns", "eval_tasks", "seeds"}
+
+AT_LEAST_ONE = ("prompts_per_step", "group_size", "minibatches", "max_turns", "eval_tasks", "seeds")
 
 
 def parse(config_class, argv=None):
@@ -106,7 +112,6 @@ def parse(config_class, argv=None):
         value, least = getattr(config, f.name), {"temperature": 0.01}.get(f.name, int(f.name in AT_LEAST_ONE))
         if type(value) in (int, float) and not least <= value < math.inf:
             fail(f"--{f.name} {value} is out of range; give {least} or more")
-    config.max_new_tokens = config.max_new_tokens or (config.tiny_tokens if config.data == "chain" else 1024)
     if config.resume and config.overwrite:
         fail("--resume and --overwrite contradict each other; give one of them")
     if config.prompts_per_step % config.minibatches:
@@ -115,7 +120,7 @@ def parse(config_class, argv=None):
 
 
 def setup(config) -> torch.device:
-    """Device and thread count. Tiny models get one thread: it is never slow, and the same on every run."""
+    """Device and thread count. Tiny models get one thread: many are slow on a busy machine, and one is repeatable."""
     if config.threads or config.model == "tiny":
         torch.set_num_threads(config.threads or 1)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -126,7 +131,7 @@ def setup(config) -> torch.device:
     return torch.device(name)
 
 
-# ------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------- models
 # ChatML with the Hermes tool protocol, as Qwen3 speaks it, without Qwen3's thinking blocks.
 TEMPLATE = """\
 {%- if tools or messages[0].role == 'system' %}<|im_start|>system
@@ -145,7 +150,7 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-# What the template always writes in one piece is one token of the tiny tokenizer, so that a tool's answer costs three.
+# What the template always writes in one piece is one token of the tiny tokenizer, so a tool's answer costs three.
 TEMPLATE_ATOMS = ["<|im_start|>system\n", "# Tools\n", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>user\n",
                   "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n<tool_response>\n",
                   "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"]
@@ -157,8 +162,8 @@ PROTOCOL = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"
 def build_tokenizer(atoms: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level tokenizer without merges, plus `atoms`: phrases that are one token each.
 
-    Any text can be encoded (256 bytes), the toy's boilerplate costs one token a phrase, and digits and operators stay single. Because
-    nothing merges, a phrase has the same ids wherever it stands.
+    Any text can be encoded (256 bytes), the toy's boilerplate costs one token a phrase, digits and operators stay
+    single. A trained BPE would need hundreds of merges to learn the same phrases.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -176,29 +181,10 @@ def tiny_model(tok, seed: int, hidden_size: int = 64, layers: int = 2) -> Qwen3F
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(Qwen3Config(
-            vocab_size=len(tok), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4, max_position_embeddings=2048,
-            tie_word_embeddings=True, initializer_range=0.06, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
-
-
-def cached(model, key, build: Callable, fresh: bool = False):
-    """Loads `model`'s weights from the cache, or calls `build()` (which trains it in place) and stores them.
-
-    `key` is anything json can write: what the weights depend on. A damaged file is rebuilt with a warning; the write is atomic.
-    """
-    text = json.dumps([key, model.config.to_dict(), torch.__version__, transformers.__version__], sort_keys=True, default=str)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "four-papers"
-    path = root / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
-    if path.exists() and not fresh:
-        try:
-            model.load_state_dict(torch.load(path, weights_only=True))
-            return model.eval()
-        except Exception as error:  # torch, pickle and zipfile each raise their own kind for a damaged file
-            print(f"warning: cached model {path.name} is damaged ({type(error).__name__}); fitting it again")
-    build()
-    root.mkdir(parents=True, exist_ok=True)
-    save_atomically(model.state_dict(), path)
-    return model.eval()
+            vocab_size=len(tok), hidden_size=hidden_size, intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4,
+            max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.06,
+            eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
 
 
 def save_atomically(obj, path: Path) -> None:
@@ -207,23 +193,41 @@ def save_atomically(obj, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
+def cached(model, key, build: Callable, fresh: bool = False):
+    """Loads `model`'s weights from the cache, or calls `build()`, which trains it in place, and stores them.
+
+    `key` is whatever the weights depend on (anything json can write). A damaged file is rebuilt with a warning.
+    """
+    key = json.dumps([key, model.config.to_dict(), torch.__version__, transformers.__version__], default=str)
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "four-papers"
+    path = root / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
+    if path.exists() and not fresh:
+        try:
+            model.load_state_dict(torch.load(path, weights_only=True))
+            return model.eval()
+        except Exception as error:  # torch, pickle and zipfile each have their own error for a damaged file
+            print(f"warning: cached model {path.name} is damaged ({type(error).__name__}); fitting it again")
+    build()
+    root.mkdir(parents=True, exist_ok=True)
+    save_atomically(model.state_dict(), path)
+    return model.eval()
+
+
+def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e-3, seed: int = 0, fresh=False):
     """Next-token fit of a tiny model on demonstrations; cached.
 
-    docs: list of (ids, mask), lists of equal length; loss is on the tokens with mask 1, as in SFT on assistant turns.
+    docs: list of (ids, mask), lists of equal length; the loss is on the tokens with mask 1, as in SFT.
     """
     def build():
-        rng, order = random.Random(seed), []
+        rng, batches = random.Random(seed), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, (steps - s) / steps))
         model.train()
         for _ in tqdm(range(steps), desc=f"fitting {name}", mininterval=1, leave=False):
-            if not order:  # an epoch: shuffled, but documents of similar length share a batch, which halves the padding
-                order = length_buckets(docs, batch, rng)
-            rows = order.pop()
-            width = max(len(docs[i][0]) for i in rows)
-            ids = torch.tensor([docs[i][0] + [0] * (width - len(docs[i][0])) for i in rows])    # (B, T)
-            mask = torch.tensor([docs[i][1] + [0] * (width - len(docs[i][1])) for i in rows])   # (B, T)
+            batches = batches or length_buckets(docs, batch, rng)
+            rows = batches.pop()
+            ids = padded([docs[i][0] for i in rows], 0)                             # (B, T)
+            mask = padded([docs[i][1] for i in rows], 0)                            # (B, T)
             # Right padding needs no attention mask under causal attention: no real token can look at a pad.
             loss = -token_logps(model, ids, None, mask).sum() / mask.sum()
             optimizer.zero_grad()
@@ -237,6 +241,7 @@ def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e
 
 
 def length_buckets(docs, batch: int, rng) -> list[list[int]]:
+    """One shuffled epoch of batches; documents of similar length share a batch, which halves the padding."""
     order = rng.sample(range(len(docs)), len(docs))
     pools = [sorted(order[i:i + 16 * batch], key=lambda j: len(docs[j][0])) for i in range(0, len(order), 16 * batch)]
     batches = [pool[i:i + batch] for pool in pools for i in range(0, len(pool), batch)]
@@ -247,46 +252,52 @@ def length_buckets(docs, batch: int, rng) -> list[list[int]]:
 def load_model(name: str, device, trainable: bool = True):
     """Hugging Face id or folder -> (model, tokenizer).
 
-    On CUDA a trainable model has fp32 master weights (bf16 ones swallow updates of 1e-6) and is run under bf16 autocast with gradient
-    checkpointing; a frozen one is stored in bf16.
+    On CUDA a trainable model has fp32 master weights (bf16 ones swallow updates of 1e-6), runs under bf16 autocast
+    and uses gradient checkpointing in the update; a frozen model is stored in bf16.
     """
     cuda = torch.device(device).type == "cuda"
+    dtype = torch.bfloat16 if cuda and not trainable else torch.float32
     try:
         tok = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if trainable or not cuda else torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
-        fail(f"cannot load the model '{name}' ({str(error).splitlines()[0]}); give a Hugging Face id, a model folder or 'tiny'")
+        reason = str(error).strip().splitlines()[0]
+        fail(f"cannot load the model '{name}' ({reason}); give a Hugging Face id, a model folder or 'tiny'")
     if tok.chat_template is None:
         fail(f"the tokenizer of '{name}' has no chat template; take an instruction-tuned model")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
     if trainable and cuda:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # acts in train mode only, so not in rollouts
     return model.to(device).requires_grad_(trainable).eval(), tok
 
 
 def check_same_tokenizer(tok, teacher_tok) -> None:
-    """Distillation compares log-probs of the same ids, so the ids must mean the same to both models."""
+    """Distillation compares log-probs of the same ids, so an id must mean the same to both models."""
     if tok.get_vocab() != teacher_tok.get_vocab():
-        fail(f"student and teacher have different tokenizers ({len(tok)} and {len(teacher_tok)} tokens, not the same ids); "
+        fail(f"student and teacher have different tokenizers ({len(tok)} and {len(teacher_tok)} tokens); "
              "take two models of one family")
 
 
 def autocast(model):
     """bf16 autocast on CUDA, nothing on CPU."""
-    device = next(model.parameters()).device.type
+    device = model.device.type
     return torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
 
-# ------------------------------------------------------------------------------------------------ tasks and answers
+# ------------------------------------------------------------------------------------------- tasks and answers
 @dataclass
 class Task:
     messages: list[dict]  # chat messages, the last one by the user
-    answer: str           # what `is_correct` compares with; never shown to a model
+    answer: str           # what `is_correct` compares with; no model ever sees it
+
+
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+CHAIN_ATOMS = ["Start with ", ", work modulo ", ": ", ", ", ". Put the last value in \\boxed{}.", "\\boxed{", "10"]
 
 
 def chain_task(rng, operations=(3, 5), modulus: int = 10) -> Task:
-    """A left-to-right chain of + - *, modulo `modulus`; letters number the operations (without them a tiny model miscounts)."""
+    """A chain of + - *, left to right, modulo `modulus`; letters number the operations, else a tiny model miscounts."""
     start, steps = rng.randrange(modulus), []
     for label in "ABCDEFGH"[:rng.randint(*operations)]:
         steps.append(f"{label}{rng.choice('+-*')}{rng.randrange(1, modulus)}")
@@ -300,9 +311,6 @@ def parse_chain(text: str) -> tuple[int, int, list[tuple[str, str, int]]]:
     return start, modulus, [(a, b, int(c)) for a, b, c in re.findall(r"\b([A-H])([+*-])(\d+)", text)]
 
 
-APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-
-
 def chain_values(text: str) -> list[int]:
     """The start value and the value after each operation."""
     start, modulus, steps = parse_chain(text)
@@ -312,77 +320,69 @@ def chain_values(text: str) -> list[int]:
     return values
 
 
-CHAIN_ATOMS = ["Start with ", ", work modulo ", ": ", ", ", ". Put the last value in \\boxed{}.", "\\boxed{", "10"]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """JSON lines (or one JSON list), csv, parquet -> rows. A bad line is named."""
-    if path.suffix not in (".jsonl", ".json"):
-        import datasets  # slow to import, and only here and for hub ids needed
-        return list(datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train"))
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            fail(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); repair the file")
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                fail(f"{path}, line {number}: not valid JSON ({error.msg}); repair or remove that line")
-            if not isinstance(rows[-1], dict):
-                fail(f"{path}, line {number}: expected an object with a question and an answer, found {line[:40]!r}")
-    return rows
-
-
-def hub_rows(name: str) -> list[dict]:
-    import datasets
-    try:
-        configs = datasets.get_dataset_config_names(name)
-        return list(datasets.load_dataset(name, "main" if "main" in configs else configs[0], split="train"))
-    except Exception as error:  # the hub raises a dozen kinds; all of them mean the same to the user
-        fail(f"'{name}' is neither a file here nor a dataset the hub would give ({type(error).__name__}); check the path or the network")
+FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def load_tasks(source: str, eval_tasks: int, make_chain: Callable = chain_task) -> tuple[list[Task], list[Task]]:
-    """'chain', a file or a hub id -> (training tasks, held-out tasks), disjoint as texts, the same for every method and seed."""
+    """'chain', a file or a hub id -> (training tasks, held-out tasks): disjoint as texts, the same for every seed."""
     rng = random.Random(20260)
     if source == "chain":
         tasks = [make_chain(rng) for _ in range(20 * eval_tasks + 4000)]
     else:
-        path = Path(source)
-        if not path.exists() and path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
-            fail(f"there is no file {source}; check --data")
-        if path.exists() and path.suffix not in (".jsonl", ".json", ".csv", ".parquet"):
-            fail(f"{source} is not a jsonl, json, csv or parquet file; check --data")
-        rows = read_rows(path) if path.exists() else hub_rows(source)
-        tasks = [row_to_task(row, f"{source}, row {i}") for i, row in enumerate(rows, 1)]
+        tasks = [row_to_task(row, f"{source}, row {i}") for i, row in enumerate(read_rows(source), 1)]
         rng.shuffle(tasks)
     unique = list({json.dumps(task.messages): task for task in tasks}.values())
-    if len(unique) < eval_tasks + 1:
-        fail(f"{source} holds {len(unique)} different problems, too few for --eval_tasks {eval_tasks} and training; lower --eval_tasks")
+    if len(unique) <= eval_tasks:
+        fail(f"{source} holds {len(unique)} different problems, too few for --eval_tasks {eval_tasks} and training; "
+             "lower --eval_tasks")
     return unique[eval_tasks:], unique[:eval_tasks]
+
+
+def read_rows(source: str) -> list[dict]:
+    """JSON lines, one JSON list, csv, parquet or a hub id -> rows. A bad line is named (`datasets` would hide it)."""
+    path = Path(source)
+    if path.exists() != (path.suffix in FILES):
+        fail(f"there is no file {source}; check --data" if path.suffix in FILES
+             else f"{source} is not one of the files this reads ({', '.join(FILES)}); check --data")
+    if path.suffix not in (".jsonl", ".json"):
+        import datasets  # slow to import, so only where it is needed
+        try:
+            if path.exists():
+                return list(datasets.load_dataset(path.suffix[1:], data_files=source, split="train"))
+            configs = datasets.get_dataset_config_names(source)
+            return list(datasets.load_dataset(source, "main" if "main" in configs else configs[0], split="train"))
+        except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
+            fail(f"cannot read the dataset '{source}' ({type(error).__name__}); check the name, the file or the network")
+    text = path.read_text(encoding="utf-8")
+    rows, lines = [], [(1, text)] if text.lstrip().startswith("[") else enumerate(text.split("\n"), 1)
+    for number, line in lines:
+        try:
+            found = json.loads(line) if line.strip() else []
+        except json.JSONDecodeError as error:
+            fail(f"{source}, line {number + error.lineno - 1}: not valid JSON ({error.msg}); repair or remove it")
+        rows += found if isinstance(found, list) else [found]
+    return rows
 
 
 def row_to_task(row: dict, where: str) -> Task:
     """One dataset row -> Task. Columns: question, problem or prompt; answer or solution; optional system."""
-    question = next((row[c] for c in ("question", "problem", "prompt") if row.get(c)), None)
-    answer = next((row[c] for c in ("answer", "solution") if row.get(c) not in (None, "")), None)
+    columns = row if isinstance(row, dict) else {}
+    question = next((columns[c] for c in ("question", "problem", "prompt") if columns.get(c)), None)
+    answer = next((columns[c] for c in ("answer", "solution") if columns.get(c) not in (None, "")), None)
     if question is None or answer is None:
-        fail(f"{where}: found the columns {sorted(row)}, but need question, problem or prompt, and answer or solution; rename them")
+        fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt, and answer or "
+             "solution; rename them")
     messages = list(question) if isinstance(question, list) else [{"role": "user", "content": str(question)}]
-    if row.get("system"):
-        messages = [{"role": "system", "content": row["system"]}, *messages]
+    if columns.get("system"):
+        messages = [{"role": "system", "content": columns["system"]}, *messages]
     if not any("boxed" in m["content"] or "<answer>" in m["content"] for m in messages):
         messages[-1] = {**messages[-1], "content": messages[-1]["content"] + "\n\nPut the final answer in \\boxed{}."}
     return Task(messages, final_answer(str(answer)) or str(answer).strip())
 
 
 def final_answer(text: str) -> str | None:
-    """The answer a text commits to: the last \\boxed{}, else <answer>, else `#### x`, else the text itself if it is one number or letter."""
+    """What a text commits to: the last \\boxed{}, else <answer>, else `#### x`, else the text if it is one number
+    or one capital letter; None if there is no such thing."""
     text = text.rsplit("</think>", 1)[-1]
     start = text.rfind("\\boxed{")
     if start >= 0:
@@ -399,13 +399,13 @@ def final_answer(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Numbers lose commas, units of money, per cent and trailing zeros; other answers only lose spaces, case and $ signs."""
+    """Numbers lose commas, money and per cent signs and trailing zeros; words lose spaces and case; a letter is exact."""
     plain = re.sub(r"[\s,$%]|\\[ ,!%$]", "", answer).rstrip(".")
     try:
         value = float(plain)
         return repr(int(value)) if value.is_integer() else repr(value)
-    except (ValueError, OverflowError):
-        return plain.casefold()
+    except ValueError:
+        return plain if len(plain) == 1 else plain.casefold()
 
 
 def is_correct(text: str, answer: str) -> bool:
@@ -414,58 +414,53 @@ def is_correct(text: str, answer: str) -> bool:
     return found is not None and normalise(found) == normalise(answer)
 
 
-# ------------------------------------------------------------------------------------------------ tools
+# ------------------------------------------------------------------------------------------- tools
 @dataclass
 class Tool:
     """One callable tool. `run(arguments)` -> (text for the model, status: 'ok', 'error' or 'timeout')."""
     name: str
     description: str
-    parameter: str  # its one string argument
+    parameter: str    # its one argument, a string
     run: Callable[[dict], tuple[str, str]]
-    workers: int = 1  # > 1: calls of one decoding step run in parallel threads
+    workers: int = 1  # more: the calls of one decoding step run in parallel threads
 
     @property
     def schema(self) -> dict:
         parameters = {"type": "object", "properties": {self.parameter: {"type": "string"}}, "required": [self.parameter]}
-        return {"type": "function", "function": {"name": self.name, "description": self.description, "parameters": parameters}}
+        return {"type": "function",
+                "function": {"name": self.name, "description": self.description, "parameters": parameters}}
 
 
-def calculate(expression: str) -> float:
-    """Arithmetic through ast, no eval: numbers, + - * / // % **, unary minus, parentheses. Raises ValueError otherwise."""
-    binary = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+          ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 
-    def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return node.value
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-            return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
-        if isinstance(node, ast.BinOp) and type(node.op) in binary:
-            left, right = value(node.left), value(node.right)
-            if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
-                raise ValueError("power too large")  # 9**9**9 would never end
-            return binary[type(node.op)](left, right)
-        raise ValueError("not arithmetic")
 
-    if len(expression) > 200:
-        raise ValueError("too long")
-    try:
-        result = value(ast.parse(expression.strip(), mode="eval").body)
-    except (SyntaxError, ZeroDivisionError, OverflowError, RecursionError, MemoryError, TypeError) as error:
-        raise ValueError(str(error)) from error
-    if isinstance(result, complex) or not math.isfinite(result):
-        raise ValueError("not a finite real number")
-    return result
+def calculate(node) -> float:
+    """Value of an arithmetic syntax tree: numbers, + - * / // % **, signs, parentheses. Anything else: ValueError."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = calculate(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
+        left, right = calculate(node.left), calculate(node.right)
+        if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
+            raise ValueError("9**9**9 would never end")
+        return BINARY[type(node.op)](left, right)
+    raise ValueError("not arithmetic")
 
 
 BAD_EXPRESSION = "error: not a valid expression"
 
 
 def run_calculator(arguments: dict) -> tuple[str, str]:
+    """Arithmetic through ast; nothing is ever evaluated as code."""
     try:
-        result = calculate(str(arguments["expression"]))
-        return cut_middle(str(int(result) if float(result).is_integer() else result)), "ok"
-    except (KeyError, ValueError):
+        value = calculate(ast.parse(str(arguments["expression"])[:200].strip(), mode="eval").body)
+        if not math.isfinite(value):
+            raise ValueError("1e999 is no answer")
+        return cut_middle(str(int(value) if float(value).is_integer() else value)), "ok"
+    except (KeyError, ValueError, TypeError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
         return BAD_EXPRESSION, "error"
 
 
@@ -474,34 +469,33 @@ def cut_middle(text: str, limit: int = 256) -> str:
     return text if len(text) <= limit else text[:limit // 2] + "...(truncated)..." + text[-limit // 2:]
 
 
-# Runs inside the child before the model's code: limits first, then the code; a last line that is an expression is printed.
+# Runs inside the child before the model's code: limits first; then the code, its last line printed if an expression.
 PYTHON_CHILD = """
 import ast, resource
 for what, limit in ((resource.RLIMIT_CPU, 10), (resource.RLIMIT_AS, 2 << 30), (resource.RLIMIT_FSIZE, 1 << 20),
-                    (resource.RLIMIT_NPROC, 64), (resource.RLIMIT_CORE, 0)):
+                    (resource.RLIMIT_CORE, 0)):
     resource.setrlimit(what, (limit, limit))
 tree = ast.parse(open("code.py").read(), "code.py")
-if tree.body and isinstance(tree.body[-1], ast.Expr):
-    call = tree.body[-1].value
-    if not (isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print"):
-        tree.body[-1] = ast.Expr(ast.Call(ast.Name("print", ast.Load()), [call], []))
+last = tree.body[-1] if tree.body else None
+if isinstance(last, ast.Expr) and getattr(getattr(last.value, "func", None), "id", "") != "print":
+    last.value = ast.Call(ast.Name("print", ast.Load()), [last.value], [])
 exec(compile(ast.fix_missing_locations(tree), "code.py", "exec"), {"__name__": "__main__"})
 """
 
 
 def run_python(arguments: dict, seconds: float = 10.0) -> tuple[str, str]:
-    """Runs the model's code in a subprocess: isolated mode, own session, limits on CPU, memory, processes and file size, temporary
-    folder, empty environment, no stdin; the whole process group is killed at the time limit.
+    """Runs the model's code in a subprocess: isolated mode, own session, limits on CPU, memory and file size, a
+    temporary folder, an empty environment, no stdin; at the time limit the whole process group is killed.
 
-    It does NOT stop code from reading files that you can read, from opening sockets, or from leaving its session. The right wall for
-    untrusted models is a container.
+    It does NOT stop code from reading files that you can read, opening sockets, or leaving its session. The right
+    wall for a model you do not trust is a container.
     """
     code = str(arguments.get("code", ""))
     fenced = re.search(r"```(?:python)?\n(.*?)```", code, re.DOTALL)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "out"), "w+b") as out:
-        Path(folder, "code.py").write_text(fenced.group(1) if fenced else code, encoding="utf-8")
-        child = subprocess.Popen([sys.executable, "-I", "-c", PYTHON_CHILD], cwd=folder, env={}, stdin=subprocess.DEVNULL,
-                                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        Path(folder, "code.py").write_text(fenced.group(1) if fenced else code, encoding="utf-8", errors="replace")
+        child = subprocess.Popen([sys.executable, "-I", "-c", PYTHON_CHILD], cwd=folder, env={},
+                                 stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         try:
             status = "ok" if child.wait(timeout=seconds) == 0 else "error"
         except subprocess.TimeoutExpired:
@@ -521,9 +515,9 @@ TOOLS = {
 
 
 def parse_tool_call(text: str) -> dict | None:
-    """The first well-formed `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, else None (then the trajectory ends)."""
+    """The first well-formed <tool_call>{"name": ..., "arguments": {...}}</tool_call>; None ends the trajectory."""
     for body in re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.DOTALL):
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             call = json.loads(body)
             if isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict):
                 return call
@@ -541,67 +535,58 @@ def run_tools(tool: Tool, calls: list[dict]) -> list[tuple[str, str]]:
         return list(pool.map(one, calls))
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+# ------------------------------------------------------------------------------------------- prompts
 def end_of_turn(tok) -> int:
-    end = tok.convert_tokens_to_ids("<|im_end|>")  # Qwen3-Base ends its text with another token, its turns with this one
-    return end if end is not None and end != tok.unk_token_id else tok.eos_token_id
+    """Id that ends an assistant's turn. Qwen3-Base ends its texts with another token, but its turns with this one."""
+    return tok.get_vocab().get("<|im_end|>", tok.eos_token_id)
 
 
-def render(tok, messages, tools, thinking: bool, add_generation_prompt: bool = True) -> str:
-    return tok.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
+def render(tok, messages, tools, thinking: bool) -> str:
+    return tok.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True,
                                    enable_thinking=thinking)
 
 
-def encode(tok, text: str) -> list[int]:
-    return tok(text, add_special_tokens=False).input_ids
+def encode(tok, text: str, **how) -> list[int]:
+    return tok(text, add_special_tokens=False, **how).input_ids
 
 
 def prompt_ids(tok, messages: list[dict], tool: Tool | None = None, thinking: bool = False) -> list[int]:
-    """Chat messages -> ids, ending where the assistant begins. A template that ignores `tools` gets the schema in a system message."""
-    if tool is None:
-        return encode(tok, render(tok, messages, None, thinking))
-    text = render(tok, messages, [tool.schema], thinking)
-    if tool.name not in text:
-        note = ("You can call this tool:\n" + json.dumps(tool.schema) + '\nTo call it, end your turn with <tool_call>{"name": "'
-                + tool.name + '", "arguments": {"' + tool.parameter + '": "..."}}</tool_call>.')
-        has_system = messages[0]["role"] == "system"
-        system = {"role": "system", "content": (messages[0]["content"] + "\n\n" if has_system else "") + note}
-        text = render(tok, [system, *messages[has_system:]], None, thinking)
+    """Chat messages -> ids up to where the assistant begins. If the template ignores tools, a system message tells."""
+    text = render(tok, messages, [tool.schema] if tool else None, thinking)
+    if tool and tool.name not in text:
+        note = (f"You can call this tool:\n{json.dumps(tool.schema)}\nTo call it, end your turn with <tool_call>"
+                f'{{"name": "{tool.name}", "arguments": {{"{tool.parameter}": "..."}}}}</tool_call>.')
+        own = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
+        rest = messages[1:] if own else messages
+        text = render(tok, [{"role": "system", "content": own + note}, *rest], None, thinking)
     return encode(tok, text)
 
 
 @functools.lru_cache(maxsize=64)
 def tool_glue(tok, thinking: bool = False) -> tuple[list[int], list[int]]:
-    """The ids that the template puts before and after a tool's text, from the assistant's end-of-turn to its next turn.
-
-    Rendered from the tokenizer's own template around markers, so that no model family is hard-coded. The sampled end-of-turn token
-    itself is already there and is not repeated.
-    """
+    """The ids that the template puts before and after a tool's text: from behind the assistant's end-of-turn token
+    (sampled, so already there) to where its next turn begins. Cut out of the tokenizer's own template."""
+    said, heard = "@@SAID@@", "@@HEARD@@"
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}, {"role": "tool", "content": heard}]
+    text = render(tok, talk, None, thinking)
+    if heard not in text:  # the template has no tool role: say it as the user
+        talk[-1] = {"role": "user", "content": f"<tool_response>\n{heard}\n</tool_response>"}
+        text = render(tok, talk, None, thinking)
+    before, after = text.split(said, 1)[1].split(heard, 1)
     end = tok.convert_ids_to_tokens(end_of_turn(tok))
-    said, answered = "@@SAID@@", "@@TOOL@@"
-    talk = [{"role": "user", "content": "u"}, {"role": "assistant", "content": said}]
-    try:
-        text = render(tok, [*talk, {"role": "tool", "content": answered}], None, thinking)
-    except Exception:  # a template may refuse the role
-        text = ""
-    if answered not in text:
-        content = f"<tool_response>\n{answered}\n</tool_response>"
-        text = render(tok, [*talk, {"role": "user", "content": content}], None, thinking)
-    before, after = text.split(said, 1)[1].split(answered, 1)
     return encode(tok, before.split(end, 1)[-1]), encode(tok, after)
 
 
 def tool_message_ids(tok, text: str, thinking: bool = False) -> list[int]:
-    """A tool's answer as the ids that follow the assistant's end-of-turn token. Control tokens inside `text` are only text."""
+    """A tool's answer as ids. Control tokens written inside `text` are encoded as plain text: a tool cannot end a turn."""
     before, after = tool_glue(tok, thinking)
-    inside = tok(text, add_special_tokens=False, split_special_tokens=bool(re.search(r"<\|", text))).input_ids
-    return before + inside + after
+    return before + encode(tok, text, split_special_tokens="<|" in text) + after
 
 
-# ------------------------------------------------------------------------------------------------ rollouts
+# ------------------------------------------------------------------------------------------- rollouts
 @dataclass
 class Rollouts:
-    """B = len(tasks) * group_size rows, the group_size rollouts of one task side by side."""
+    """B = len(tasks) * group_size rows; the group_size rollouts of one task stand side by side."""
     ids: torch.Tensor              # (B, T) left-padded prompt, then response, right-padded
     attention_mask: torch.Tensor   # (B, T) 1 = real token
     mask: torch.Tensor             # (B, T) 1 = sampled by the model (its end-of-turn included)
@@ -614,173 +599,189 @@ class Rollouts:
     tool_status: list[list[str]]   # per row and turn: none, ok, error, timeout
 
 
-def step_spans(mask: list[int]) -> list[tuple[int, int]]:
-    """Steps = maximal runs of 1 in a row of the mask, as [start, end) columns."""
-    edges = np.flatnonzero(np.diff(np.asarray([0, *mask, 0])))
-    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2])]
+@dataclass
+class Row:
+    """One trajectory while it is being written."""
+    response: list = field(default_factory=list)   # (id, 1 if sampled, log-prob, entropy) for each token so far
+    queue: deque = field(default_factory=deque)    # ids waiting to be taken instead of sampled
+    turn: list[int] = field(default_factory=list)  # sampled ids of the current turn
+    status: list[str] = field(default_factory=list)
+    text: str = ""
+    finished: bool = False
+    done: bool = False
+
+
+@torch.no_grad()
+def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None, max_new_tokens: int = 256,
+            max_turns: int = 8, temperature: float = 1.0, top_p: float = 1.0, generator=None, thinking=False) -> Rollouts:
+    """Samples group_size trajectories a task, all in one batch with one KV cache.
+
+    In each column every row either *samples* its next token or, while ids are queued for it (a tool's answer with the
+    template around it), *takes the next queued id*. Which of the two it was is the loss mask. So a tool turn costs no
+    second prefill, and nothing is decoded and encoded again: a row's ids are exactly what the model saw.
+
+    A turn ends with the end-of-turn token. If its text holds a tool call, the tool runs and its message is queued;
+    else the row is done. A message that would not fit into max_new_tokens ends the row too.
+    """
+    assert not model.training, "rollouts need model.eval(): gradient checkpointing would switch the cache off"
+    device, end = model.device, end_of_turn(tok)
+    prompts = [prompt_ids(tok, task.messages, tool, thinking) for task in tasks]
+    ids = padded(prompts, tok.pad_token_id, left=True, device=device)                       # (tasks, P)
+    attention = padded([[1] * len(p) for p in prompts], 0, left=True, device=device)        # (tasks, P)
+    cache = DynamicCache(config=model.config)
+    with autocast(model):  # each distinct prompt is read once, then its cache is copied to the whole group
+        logits = model(input_ids=ids, attention_mask=attention, position_ids=positions(attention),
+                       past_key_values=cache, logits_to_keep=1).logits[:, -1]               # (tasks, V)
+    cache.batch_repeat_interleave(group_size)
+    logits, attention = logits.repeat_interleave(group_size, 0), attention.repeat_interleave(group_size, 0)
+    rows = [Row() for _ in range(len(tasks) * group_size)]
+    batch = rows  # the rows that are still being decoded, in the order of the cache
+    while True:
+        token, logp, entropy = choose(logits.float(), temperature, top_p, generator)        # (n,) each
+        forced = torch.tensor([row.queue.popleft() if row.queue else -1 for row in batch], device=device)  # (n,)
+        token = torch.where(forced >= 0, forced, token)                                     # (n,)
+        calls = []
+        for row, t, f, lp, h in zip(batch, *(x.tolist() for x in (token, forced, logp, entropy))):
+            if not row.done:
+                row.response.append((t, 1, lp, h) if f < 0 else (t, 0, 0.0, 0.0))
+                if f < 0:
+                    row.turn.append(t)
+                    if t == end and (call := close_turn(row, tok, tool, max_turns)):
+                        calls.append((row, call))
+        answers = run_tools(tool, [call for _, call in calls]) if calls else []
+        for (row, _), (text, row.status[-1]) in zip(calls, answers):
+            row.queue.extend(tool_message_ids(tok, text, thinking))
+            row.done = len(row.response) + len(row.queue) >= max_new_tokens
+        for row in batch:
+            row.done |= len(row.response) >= max_new_tokens
+        keep = [j for j, row in enumerate(batch) if not row.done]
+        if not keep:
+            break
+        if len(keep) < len(batch) / 2:  # done rows leave the batch, but not one by one: each time copies the cache
+            index = torch.tensor(keep, device=device)
+            cache.batch_select_indices(index)
+            token, attention, batch = token[index], attention[index], [batch[j] for j in keep]
+        attention = torch.cat([attention, attention.new_ones(len(batch), 1)], 1)
+        with autocast(model):
+            logits = model(input_ids=token[:, None], attention_mask=attention, past_key_values=cache,
+                           position_ids=positions(attention)[:, -1:]).logits[:, -1]         # (n, V)
+    return pack(tok, prompts, rows, group_size, device)
+
+
+def close_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
+    """Ends the row's turn; returns the tool call to run, or marks the row as done."""
+    row.text = tok.decode(row.turn[:-1], skip_special_tokens=False)
+    row.turn = []
+    row.status.append("none")
+    call = parse_tool_call(row.text) if tool else None
+    row.finished, row.done = call is None, call is None or len(row.status) >= max_turns
+    return None if row.done else call
+
+
+def pack(tok, prompts, rows: list[Row], group_size: int, device) -> Rollouts:
+    """Finished rows -> tensors."""
+    prompts = [p for p in prompts for _ in range(group_size)]
+
+    def columns(left, right, fill=0, dtype=torch.long):  # (B, T)
+        return torch.cat([padded(left, fill, True, device, dtype), padded(right, fill, False, device, dtype)], 1)
+
+    tokens, sampled, logps, entropy = ([[entry[j] for entry in row.response] for row in rows] for j in range(4))
+    nothing = [[0] * len(p) for p in prompts]
+    mask = columns(nothing, sampled)
+    for row in rows:
+        if row.turn:  # cut in the middle of a turn
+            row.text = tok.decode(row.turn, skip_special_tokens=False)
+            row.status.append("none")
+    return Rollouts(
+        ids=columns(prompts, tokens, tok.pad_token_id), mask=mask,
+        attention_mask=columns([[1] * len(p) for p in prompts], [[1] * len(t) for t in tokens]),
+        logps=columns(nothing, logps, 0, torch.float), entropy=columns(nothing, entropy, 0, torch.float),
+        prompt_length=max(map(len, prompts)), finished=torch.tensor([row.finished for row in rows], device=device),
+        texts=[row.text for row in rows], steps=[step_spans(m) for m in mask.tolist()],
+        tool_status=[row.status for row in rows])
 
 
 def choose(logits, temperature: float, top_p: float, generator):
-    """logits (n, V) -> token, its log-prob, entropy, each (n,). temperature 0 is greedy; top_p < 1 is for evaluation only."""
+    """logits (n, V) -> token, its log-prob, entropy, each (n,). Temperature 0 is greedy; top_p < 1 for evaluation only:
+    a policy sampled with top_p but scored without it is trained on the wrong ratio."""
     logps = torch.log_softmax(logits / (temperature or 1.0), -1)                    # (n, V)
-    probs = logps.exp()
+    probs = logps.exp()                                                             # (n, V)
+    entropy = -(probs * logps).nan_to_num().sum(-1)
     if top_p < 1:
         ranked, order = probs.sort(-1, descending=True)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # a token stays while those before it hold less than top_p
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     token = logits.argmax(-1) if temperature == 0 else torch.multinomial(probs, 1, generator=generator)[:, 0]
-    entropy = -(logps.exp() * logps).nan_to_num().sum(-1)                           # (n,)
     return token, logps.gather(1, token[:, None])[:, 0], entropy
 
 
 def padded(sequences, value, left: bool = False, device=None, dtype=torch.long):
     """list of lists -> (B, longest) tensor."""
     width = max(len(s) for s in sequences)
-    return torch.tensor([[value] * (width - len(s)) * left + list(s) + [value] * (width - len(s)) * (not left)
-                         for s in sequences], device=device, dtype=dtype)
+    fill = [[value] * (width - len(s)) for s in sequences]
+    return torch.tensor([f + list(s) if left else list(s) + f for s, f in zip(sequences, fill)], device=device, dtype=dtype)
 
 
-@torch.no_grad()
-def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None, max_new_tokens: int = 256, max_turns: int = 8,
-            temperature: float = 1.0, top_p: float = 1.0, generator=None, thinking: bool = False) -> Rollouts:
-    """Samples group_size trajectories a task, all in one batch with one KV cache.
-
-    In each column every row either *samples* its next token or, while ids are queued for it (a tool's answer with the template around
-    it), *takes the next queued id*. Which of the two it was is the loss mask. So a tool turn costs no second prefill, and nothing is
-    ever decoded and encoded again: a row's ids are exactly what the model saw.
-
-    A turn ends with the end-of-turn token; if its text holds a tool call, the tool runs and its message is queued, else the row is
-    done. A message that would not fit into max_new_tokens is not appended. Rows that are done leave the batch.
-    """
-    assert not model.training, "rollouts need model.eval(): train mode may switch the cache off"
-    device = next(model.parameters()).device
-    prompts = [prompt_ids(tok, task.messages, tool, thinking) for task in tasks]
-    ids = padded(prompts, tok.pad_token_id, left=True, device=device)                       # (tasks, P)
-    attention = padded([[1] * len(p) for p in prompts], 0, left=True, device=device)        # (tasks, P)
-    cache = DynamicCache(config=model.config)
-    with autocast(model):  # each distinct prompt is read once, then its cache is copied to the whole group
-        logits = model(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-                       past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    cache.batch_repeat_interleave(group_size)
-    logits, attention = logits.repeat_interleave(group_size, 0), attention.repeat_interleave(group_size, 0)
-
-    B, end = len(tasks) * group_size, end_of_turn(tok)
-    tokens, sampled, logps, entropies = ([[] for _ in range(B)] for _ in range(4))  # per row, the response so far
-    queues, turn, status = [deque() for _ in range(B)], [[] for _ in range(B)], [[] for _ in range(B)]
-    texts, finished = [""] * B, [False] * B
-    rows, alive = list(range(B)), [True] * B  # which trajectory sits in which batch row
-    while any(alive):
-        token, logp, entropy = choose(logits.float(), temperature, top_p, generator)        # (n,) each
-        forced = torch.tensor([queues[i].popleft() if queues[i] else -1 for i in rows], device=device)  # (n,) -1 = sample
-        token = torch.where(forced >= 0, forced, token)                                     # (n,)
-        calls = []
-        for j, (i, t, lp, h, f) in enumerate(zip(rows, *(x.tolist() for x in (token, logp, entropy, forced)))):
-            if not alive[j]:
-                continue
-            tokens[i].append(t)
-            sampled[i].append(int(f < 0))
-            logps[i].append(lp if f < 0 else 0.0)
-            entropies[i].append(h if f < 0 else 0.0)
-            if f < 0:
-                turn[i].append(t)
-                if t == end:
-                    text = tok.decode(turn[i][:-1], skip_special_tokens=False)
-                    call = parse_tool_call(text) if tool else None
-                    texts[i], turn[i] = text, []
-                    status[i].append("none")
-                    if call and len(status[i]) < max_turns:
-                        calls.append((j, i, call))
-                    else:
-                        finished[i], alive[j] = call is None, False
-        for (j, i, _), (text, outcome) in zip(calls, run_tools(tool, [c for *_, c in calls]) if calls else []):
-            message = tool_message_ids(tok, text, thinking)
-            status[i][-1] = outcome
-            if len(tokens[i]) + len(message) < max_new_tokens:
-                queues[i].extend(message)
-            else:
-                alive[j] = False
-        for j, i in enumerate(rows):
-            alive[j] = alive[j] and len(tokens[i]) < max_new_tokens
-        keep = [j for j, a in enumerate(alive) if a]
-        if not keep:
-            break
-        if len(keep) < len(rows) / 2:  # done rows leave the batch, but not one by one: each time costs a copy of the cache
-            index = torch.tensor(keep, device=device)
-            cache.batch_select_indices(index)
-            token, attention = token[index], attention[index]
-            rows, alive = [rows[j] for j in keep], [True] * len(keep)
-        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
-        with autocast(model):
-            logits = model(input_ids=token[:, None], attention_mask=attention, position_ids=attention.sum(1, keepdim=True) - 1,
-                           past_key_values=cache).logits[:, -1]
-    for i in range(B):
-        if turn[i]:  # cut in the middle of a turn
-            texts[i] = tok.decode(turn[i], skip_special_tokens=False)
-            status[i].append("none")
-    return pack(tok, prompts, group_size, tokens, sampled, logps, entropies, finished, texts, status, device)
+def positions(attention_mask):
+    """(B, T) -> (B, T): positions count real tokens, so padding on either side changes nothing."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def pack(tok, prompts, group_size, tokens, sampled, logps, entropies, finished, texts, status, device) -> Rollouts:
-    """Lists of the decoding loop -> tensors."""
-    prompts = [p for p in prompts for _ in range(group_size)]
-    P = max(map(len, prompts))
-    ids = torch.cat([padded(prompts, tok.pad_token_id, True, device), padded(tokens, tok.pad_token_id, False, device)], 1)  # (B, T)
-    zeros = torch.zeros(len(prompts), P, device=device)
-    attention = torch.cat([padded([[1] * len(p) for p in prompts], 0, True, device),
-                           padded([[1] * len(t) for t in tokens], 0, False, device)], 1)    # (B, T)
-    mask = torch.cat([zeros.long(), padded(sampled, 0, False, device)], 1)                  # (B, T)
-    logp, entropy = (torch.cat([zeros, padded(x, 0.0, False, device, torch.float)], 1) for x in (logps, entropies))
-    return Rollouts(ids, attention, mask, logp, entropy, P, torch.tensor(finished, device=device), texts,
-                    [step_spans(m) for m in mask.tolist()], status)
+def step_spans(mask: list[int]) -> list[tuple[int, int]]:
+    """Steps = maximal runs of 1 in one row of the mask, as [start, end) columns."""
+    edges = np.flatnonzero(np.diff([0, *mask, 0]))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2])]
 
 
 def rewards(rollouts: Rollouts, tasks: list[Task]):
-    """1.0 for a finished rollout whose last turn holds the right answer, else 0.0. (B,)"""
-    group_size = len(rollouts.texts) // len(tasks)
-    return torch.tensor([float(bool(done) and is_correct(text, tasks[i // group_size].answer))
-                         for i, (text, done) in enumerate(zip(rollouts.texts, rollouts.finished.tolist()))])
+    """1.0 for a finished rollout whose last turn holds the right answer, else 0.0: (B,)."""
+    each = len(rollouts.texts) // len(tasks)
+    return torch.tensor([float(done and is_correct(text, tasks[i // each].answer)) for i, (text, done)
+                         in enumerate(zip(rollouts.texts, rollouts.finished.tolist()))], device=rollouts.ids.device)
 
 
 def transcript(tok, rollouts: Rollouts, row: int) -> str:
     """One rollout for people: what the model wrote, with the tools' texts in [brackets]."""
-    spans = rollouts.steps[row]
-    parts = []
-    for (start, end), following in zip(spans, [*spans[1:], None]):
+    parts, spans = [], rollouts.steps[row]
+    for (start, end), after in zip(spans, [*spans[1:], None]):
         parts.append(tok.decode(rollouts.ids[row, start:end], skip_special_tokens=True).strip())
-        if following:
-            text = tok.decode(rollouts.ids[row, end:following[0]], skip_special_tokens=True)
-            inside = re.search(r"<tool_response>\s*(.*?)\s*</tool_response>", text, re.DOTALL)
-            parts.append(f"[{inside.group(1) if inside else text.strip()}]")
+        if after:
+            heard = tok.decode(rollouts.ids[row, end:after[0]], skip_special_tokens=True)
+            inside = re.search(r"<tool_response>\s*(.*?)\s*</tool_response>", heard, re.DOTALL)
+            parts.append(f"[{inside.group(1) if inside else heard.strip()}]")
     return " ".join(parts).replace("\n", " ")
 
 
-# ------------------------------------------------------------------------------------------------ scoring
+# ------------------------------------------------------------------------------------------- scoring
 def hidden_at(model, ids, attention_mask, mask):
     """Last hidden states from which the tokens under `mask` are predicted: (N, H), row by row.
 
-    ids, mask (B, T); attention_mask (B, T) or None (right padding only). The token in column p is predicted from column p-1: this
-    shift is here and nowhere else. Positions count real tokens, so padding on either side changes nothing.
+    ids, mask (B, T); attention_mask (B, T), or None if the padding is all on the right. The token in column p is
+    predicted from column p - 1: this shift is here and nowhere else.
     """
-    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
     with autocast(model):
-        hidden = model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=positions,
-                                  use_cache=False).last_hidden_state                # (B, T, H)
+        hidden = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False,
+                                  position_ids=None if attention_mask is None else positions(attention_mask)
+                                  ).last_hidden_state                               # (B, T, H)
     return hidden[:, :-1][mask[:, 1:].bool()]
 
 
-def over_vocab_chunks(hidden, head, fn, *rows):
-    """fn(logits (n, V), *rows (n, ...)) -> tensor (n,) or tuple of them, applied to chunks of tokens; results concatenated.
+CHUNK_LOGITS = 2**26
 
-    (tokens x vocabulary) logits never exist at once: a chunk holds 2^26 of them, and with gradients each chunk is recomputed in the
-    backward pass. hidden (N, H); head: the language-model head; each of rows has N entries.
+
+def over_vocab_chunks(hidden, head, fn, *rows):
+    """fn(logits (n, V), *rows (n, ...)) -> tensor (n,) or tuple of them, over chunks of tokens; results concatenated.
+
+    (tokens x vocabulary) logits never exist at once: a chunk holds CHUNK_LOGITS, and with gradients each chunk is
+    computed again in the backward pass. hidden (N, H); head: the language-model head; rows have N entries each.
     """
-    dtype = torch.bfloat16 if hidden.device.type == "cuda" else hidden.dtype
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)  # cast once, not in every chunk
+    dtype = torch.bfloat16 if hidden.is_cuda else hidden.dtype
+    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)  # once, not every chunk
 
     def one(h, *r):
         return fn(F.linear(h.to(dtype), weight, bias).float(), *r)
 
-    size = max(1, 2**26 // weight.shape[0])
+    size = max(1, CHUNK_LOGITS // weight.shape[0])
     chunks = list(zip(*(x.split(size) for x in (hidden, *rows))))
     recompute = torch.is_grad_enabled() and len(chunks) > 1
     pieces = [checkpoint(one, *c, use_reentrant=False) if recompute else one(*c) for c in chunks]
@@ -788,9 +789,9 @@ def over_vocab_chunks(hidden, head, fn, *rows):
 
 
 def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with_entropy: bool = False):
-    """log p(token | everything before it) under `mask`, 0 elsewhere: (B, T); with_entropy: also the entropy in nats, (B, T).
+    """log p(token | all before it) under `mask`, 0 elsewhere: (B, T). with_entropy: and the entropy in nats, (B, T).
 
-    The one place that scores tokens. Must agree with what `rollout` noted while sampling; a test holds it to 1e-5.
+    The one place that scores tokens. It must agree with what `rollout` noted while sampling; a test holds it to 1e-5.
     """
     def fn(logits, target):                                                         # (n, V), (n,)
         logits = logits / temperature
@@ -799,18 +800,19 @@ def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with
             return logp
         with torch.no_grad():
             every = logits.log_softmax(1)                                           # (n, V)
-            return logp, -(every.exp() * every).sum(1)
+            return logp, -(every.exp() * every).nan_to_num().sum(1)
 
-    chosen = mask.bool()
-    values = over_vocab_chunks(hidden_at(model, ids, attention_mask, mask), model.get_output_embeddings(), fn, ids[chosen])
+    def spread(values):                                                             # (N,) -> (B, T)
+        return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask.bool(), values)
 
-    def spread(v):
-        return torch.zeros(ids.shape, device=ids.device).masked_scatter(chosen, v)  # (B, T)
+    hidden = hidden_at(model, ids, attention_mask, mask)                            # (N, H)
+    values = over_vocab_chunks(hidden, model.get_output_embeddings(), fn, ids[mask.bool()])
     return (spread(values[0]), spread(values[1])) if with_entropy else spread(values)
 
 
-def micro_batches(rollouts: Rollouts, rows, size: int):
-    """Cuts rows into parts of similar length and yields (part, columns in use): longest first, so memory runs out at once or never."""
+def micro_batches(rollouts: Rollouts, rows: list[int], size: int):
+    """Yields (some of `rows`, the columns they use): similar lengths together, the longest first, so that memory runs
+    out in the first step or never. size 0 = all rows at once."""
     lengths = rollouts.attention_mask.sum(1).tolist()
     rows = sorted(rows, key=lambda i: -lengths[i])
     for i in range(0, len(rows), size or len(rows)):
@@ -821,73 +823,83 @@ def micro_batches(rollouts: Rollouts, rows, size: int):
 
 @torch.no_grad()
 def score(model, rollouts: Rollouts, temperature: float = 1.0, micro_batch: int = 0):
-    """token_logps and entropies of whole rollouts without gradient, in micro-batches: two tensors (B, T)."""
+    """token_logps and entropies of whole rollouts, without gradient, in micro-batches: two tensors (B, T)."""
     logps, entropy = torch.zeros_like(rollouts.logps), torch.zeros_like(rollouts.logps)
-    for part, columns in micro_batches(rollouts, range(len(rollouts.ids)), micro_batch):
+    for part, columns in micro_batches(rollouts, list(range(len(rollouts.ids))), micro_batch):
         logps[part, columns], entropy[part, columns] = token_logps(
-            model, rollouts.ids[part, columns], rollouts.attention_mask[part, columns], rollouts.mask[part, columns],
-            temperature, with_entropy=True)
+            model, rollouts.ids[part, columns], rollouts.attention_mask[part, columns],
+            rollouts.mask[part, columns], temperature, with_entropy=True)
     return logps, entropy
 
 
 def rescore(model, rollouts: Rollouts, config) -> None:
-    """On CUDA, replaces the sampler's log-probs by the scorer's: bf16 kernels of the two differ by about 1e-2, and the
-    ratio of an unchanged policy must be 1. On CPU (fp32) they agree to 1e-5, so nothing is done."""
-    if rollouts.ids.device.type == "cuda":
+    """On CUDA, replaces the sampler's log-probs by the scorer's: their bf16 kernels differ by about 1e-2, and the ratio
+    of an unchanged policy must be 1. On CPU, in fp32, the two agree to 1e-5, so nothing is done."""
+    if rollouts.ids.is_cuda:
         rollouts.logps, rollouts.entropy = score(model, rollouts, config.temperature, config.micro_batch)
 
 
-# ------------------------------------------------------------------------------------------------ GRPO
+# ------------------------------------------------------------------------------------------- GRPO
 def group_advantages(rewards, group_size: int, std: bool = True):
-    """GRPO advantages, (B,) -> (B,): A_i = (r_i - mean) / (std + 1e-6) within the group (DeepSeekMath, arXiv 2402.03300, eq. 3).
+    """GRPO advantages, (B,) -> (B,). std=False leaves out the division (Dr. GRPO, arXiv 2503.20783).
 
-    std is the unbiased one (n - 1). A group of one, or one without variance, gives exactly 0: float noise must not be blown up.
-    std=False keeps r_i - mean (Dr. GRPO, arXiv 2503.20783).
+    A group of one, or one without variance, gives exactly 0: float noise must not be blown up.
     """
     grouped = rewards.double().view(-1, group_size)                                 # (groups, group_size)
-    centred = grouped - grouped.mean(1, keepdim=True)
+    # DeepSeekMath (arXiv 2402.03300), section 4.1.2: A_i = (r_i - mean(r)) / std(r), here with the unbiased std + 1e-6
+    advantages = grouped - grouped.mean(1, keepdim=True)
     if std and group_size > 1:
-        centred = centred / (grouped.std(1, keepdim=True) + 1e-6)
+        advantages = advantages / (grouped.std(1, keepdim=True) + 1e-6)
     flat = grouped.max(1, keepdim=True).values == grouped.min(1, keepdim=True).values
-    return centred.masked_fill(flat, 0.0).flatten().float()
+    return advantages.masked_fill(flat, 0.0).flatten().float()
 
 
-def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float = 3.0,
-                denominator=None):
-    """Clipped policy-gradient loss, a scalar: the sum over `mask` of the token losses / denominator (default: tokens in the mask).
+def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_high: float = 0.28,
+                dual_clip: float = 3.0, denominator=None):
+    """Clipped policy-gradient loss: sum over `mask` of the token losses / denominator (default: tokens in the mask).
 
-    logps, old_logps, mask (B, T); advantages (B, T) or (B, 1). Pass the token count of the whole optimiser batch as denominator when
-    you split it, then micro-batches give the same gradient as one batch. Clip range and dual clip as in DAPO and verl.
+    logps, old_logps, mask (B, T); advantages (B, T) or (B, 1). When you split an optimiser batch, pass the token count
+    of the whole batch as denominator: micro-batches then give the same gradient as one batch.
     """
+    # rho_t = pi(y_t) / pi_old(y_t)
     ratio = (logps - old_logps).clamp(-20, 20).exp()                                # (B, T)
-    # L_t = max(-A rho, -A clip(rho, 1 - low, 1 + high)); for A < 0 at most -dual_clip * A
+    # L_t = max(-A rho, -A clip(rho, 1 - low, 1 + high)); where A < 0 at most -dual_clip A (DAPO's range, verl's dual clip)
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
     loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return (loss * mask).sum() / (mask.sum() if denominator is None else denominator)
-
-
-def make_optimizer(model, config):
-    """AdamW, constant learning rate after 5 warm-up steps (see `set_lr`)."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=base_lr(config), weight_decay=0.0)
 
 
 def base_lr(config) -> float:
     return config.lr if config.lr is not None else (3e-4 if config.model == "tiny" else 1e-6)
 
 
+def make_optimizer(model, config):
+    return torch.optim.AdamW(model.parameters(), lr=base_lr(config), weight_decay=0.0)
+
+
+def apply_gradients(model, optimizer, step: int, lr: float) -> float:
+    """Clip to norm 1, warm up over 5 steps, update. Returns the norm before clipping; not finite = nothing updated."""
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 5)
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int) -> float:
     """One pass over a batch of rollouts: --minibatches optimiser updates, each exact for any --micro_batch.
 
-    advantages (B, T) or (B, 1). Returns the last gradient norm. With one update a batch the ratio is 1 and the
-    clip inert; with more, later minibatches are slightly off-policy and the clip starts to act.
+    advantages (B, T) or (B, 1). Returns the last gradient norm. With one update a batch the ratio is 1 and the clip
+    inert; with more, the later minibatches are a little off-policy and the clip starts to act.
     """
-    norm, B = 0.0, len(rollouts.ids)
-    advantages = advantages.expand(rollouts.ids.shape)                              # (B, T)
+    norm, advantages = 0.0, advantages.expand(rollouts.ids.shape)                   # (B, T)
     student.train()
-    for rows in torch.arange(B).chunk(config.minibatches):
-        tokens = rollouts.mask[rows].sum()  # one denominator for the whole optimiser batch
+    for rows in torch.arange(len(rollouts.ids)).chunk(config.minibatches):
         if not (advantages[rows] * rollouts.mask[rows]).any():
             continue  # no signal: not even Adam's momentum may move the weights
+        tokens = rollouts.mask[rows].sum()  # one denominator for the whole optimiser batch
         for part, columns in micro_batches(rollouts, rows.tolist(), config.micro_batch):
             mask = rollouts.mask[part, columns]                                     # (b, t)
             logps = token_logps(student, rollouts.ids[part, columns], rollouts.attention_mask[part, columns],
@@ -899,41 +911,41 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
     return norm
 
 
-def apply_gradients(model, optimizer, step: int, lr: float) -> float:
-    """Clip to norm 1, warm up over 5 steps, update. Returns the norm before clipping; if it is not finite, nothing is updated."""
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-    if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 5)
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-# ------------------------------------------------------------------------------------------------ evaluation
+# ------------------------------------------------------------------------------------------- evaluation
 def evaluate(model, tok, tasks, *, samples: int = 1, greedy: bool = False, **sampling) -> dict:
     """avg@k (`accuracy`), its standard error over problems (`se`), pass@k, maj@k, mean length, share finished.
 
-    sampling: keyword arguments of `rollout`. The seed is fixed, so all methods see the same problems and the
-    same dice. greedy=True adds `greedy_accuracy` and `greedy_se`.
+    sampling: keyword arguments of `rollout`. The seed is fixed, so every method sees the same problems and dice.
+    greedy=True adds `greedy_accuracy` and `greedy_se`.
     """
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(1234)
-    out = rollout(model, tok, tasks, samples, generator=generator, **sampling)
-    right = rewards(out, tasks).view(-1, samples)                                   # (tasks, samples)
-    votes = [Counter(normalise(a) for a in map(final_answer, out.texts[i:i + samples]) if a is not None)
-             for i in range(0, len(out.texts), samples)]
-    majority = [bool(v) and v.most_common(1)[0][0] == normalise(t.answer) for v, t in zip(votes, tasks)]
+    generator = torch.Generator(model.device).manual_seed(1234)
+    right, votes, length, finished = [], [], 0, 0
+    c = model.config  # rows at once: as many as keep the KV cache below 8 GB
+    cache_bytes = 8 * c.num_hidden_layers * c.num_key_value_heads * getattr(c, "head_dim", 128) * (
+        sampling.get("max_new_tokens", 256) + 512)
+    size = max(1, min(512, 2**33 // cache_bytes) // samples)
+    for i in range(0, len(tasks), size):
+        out = rollout(model, tok, tasks[i:i + size], samples, generator=generator, **sampling)
+        right.append(rewards(out, tasks[i:i + size]).view(-1, samples).cpu())       # (tasks, samples)
+        votes += [final_answer(text) for text in out.texts]
+        length += int(out.mask.sum())
+        finished += int(out.finished.sum())
+    right = torch.cat(right)
+    majority = 0
+    for i, task in enumerate(tasks):
+        counts = Counter(normalise(v) for v in votes[i * samples:(i + 1) * samples] if v is not None)
+        majority += bool(counts) and counts.most_common(1)[0][0] == normalise(task.answer)
     spread = float(right.mean(1).std()) if len(tasks) > 1 else 0.0
     result = {"accuracy": float(right.mean()), "se": spread / math.sqrt(len(tasks)),
-              f"pass@{samples}": float(right.amax(1).mean()), f"maj@{samples}": float(np.mean(majority)),
-              "length": float(out.mask.sum(1).float().mean()), "finished": float(out.finished.float().mean())}
+              f"pass@{samples}": float(right.amax(1).mean()), f"maj@{samples}": majority / len(tasks),
+              "length": length / right.numel(), "finished": finished / right.numel()}
     if greedy:
         best = evaluate(model, tok, tasks, **{**sampling, "temperature": 0.0})
         result |= {"greedy_accuracy": best["accuracy"], "greedy_se": best["se"]}
     return result
 
 
-# ------------------------------------------------------------------------------------------------ runs on disk
+# ------------------------------------------------------------------------------------------- runs on disk
 def run_folder(config, script: str) -> Path:
     return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
 
@@ -942,58 +954,59 @@ class Run:
     """A run's folder (metrics.jsonl, summary.json, state.pt, model/), its lines on the console, its checkpoint."""
 
     def __init__(self, config, script: str):
-        self.config, self.script, self.warned, self.parts = config, script, set(), {}
-        self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survives --resume
-        self.clock = time.time()
+        self.config, self.warned, self.parts, self.clock = config, set(), {}, time.time()
+        self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
         self.folder = run_folder(config, script)
-        self.metrics = self.folder / "metrics.jsonl"
         if config.resume:
             self.state = self._load_state()
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             if not config.overwrite:
                 fail(f"{self.folder} exists; add --resume to go on, --overwrite to replace it, or another --out")
+            if not (self.folder / "metrics.jsonl").exists():
+                fail(f"{self.folder} does not look like a run, so it is not overwritten; give another --out")
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics.touch()
 
     def _load_state(self) -> dict:
-        path = self.folder / "state.pt"
-        if not path.exists():
-            fail(f"there is no checkpoint {path}; start without --resume")
+        path, metrics = self.folder / "state.pt", self.folder / "metrics.jsonl"
+        if not path.exists() or not metrics.exists():
+            fail(f"there is no checkpoint in {self.folder}; start without --resume")
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:
+        except Exception as error:  # see `cached`
             fail(f"the checkpoint {path} is damaged ({type(error).__name__}); start again with --overwrite")
         free = {"steps", "resume", "overwrite", "out", "threads", "save_every", "show_every", "plot", "fresh"}
         changed = [k for k, v in state["config"].items() if k not in free and v != getattr(self.config, k, v)]
         if changed:
             fail("--resume needs the flags of the first start; changed: " + ", ".join("--" + k for k in changed))
         self.notes = state["notes"]
-        lines = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
-        kept = [x for x in lines if json.loads(x).get("step", 0) <= self.notes["step"] and '"after"' not in x]
-        self.metrics.write_text("".join(x + "\n" for x in kept))  # what came after the checkpoint is done again
+        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}") and '"after"' not in line]
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= self.notes["step"]]
+        metrics.write_text("".join(line + "\n" for line in kept))  # what came after the checkpoint is done again
         return state
 
     def track(self, **parts) -> int:
-        """Names everything that a checkpoint must hold (models, optimiser, dice); on --resume restores it.
-
-        Returns the first step to do. After this call, and not before, the random state is the run's own.
-        """
+        """Names all that a checkpoint must hold (models, optimiser, dice) and, on --resume, restores it. Returns the
+        first step to do."""
         self.parts = parts
         if self.config.resume:
             for name, part in parts.items():
-                (getattr(part, "load_state_dict", None) or getattr(part, "set_state", None)
-                 or part.setstate)(self.state[name])
+                setter = next(s for s in ("load_state_dict", "set_state", "setstate") if hasattr(part, s))
+                getattr(part, setter)(self.state[name])
         return self.notes["step"]
 
     def save(self, step: int) -> None:
-        """Checkpoint at the end of a step if one is due: one file, written beside the old one and then renamed."""
+        """Checkpoint at the end of a step, if one is due: written beside the old one, then renamed."""
         self.notes["step"] = step
         if self.config.save_every and (step % self.config.save_every == 0 or step == self.config.steps):
-            state = {name: (getattr(part, "state_dict", None) or getattr(part, "get_state", None) or part.getstate)()
-                     for name, part in self.parts.items()}
             self._tick()
-            save_atomically({**state, "notes": self.notes, "config": dataclasses.asdict(self.config)},
-                            self.folder / "state.pt")
+            state = {"notes": self.notes, "config": dataclasses.asdict(self.config)}
+            for name, part in self.parts.items():
+                getter = next(g for g in ("state_dict", "get_state", "getstate") if hasattr(part, g))
+                state[name] = getattr(part, getter)()
+            save_atomically(state, self.folder / "state.pt")
 
     def _tick(self) -> None:
         self.notes["seconds"] += time.time() - self.clock
@@ -1006,12 +1019,12 @@ class Run:
     def step(self, step: int, seconds: float, shown: dict, **more) -> None:
         """One line on the console (`shown`), one object in metrics.jsonl (`shown` and `more`)."""
         self.notes["step_seconds"] += seconds
-        values = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+        values = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
         print(f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}  {values}  {seconds:.2f}s", flush=True)
         self.log({"step": step, **shown, **more, "seconds": seconds})
 
     def evaluated(self, when, result: dict) -> None:
-        """when: 'before', 'after' or a step."""
+        """when: 'before', 'after' or the number of a step."""
         if when == "before":
             self.notes |= {"before": result, "best": result["accuracy"]}
         self.notes["best"] = max(self.notes["best"], result["accuracy"])
@@ -1029,8 +1042,8 @@ class Run:
     def watch(self, rollouts: Rollouts, flat: int, groups: int, norm: float) -> None:
         """The usual reasons why nothing is learnt, each with a remedy."""
         if flat == groups and self.config.group_size > 1:
-            self.warn("every group is all right or all wrong, so the outcome gives no signal in this step; take "
-                      "easier or harder problems, or a larger --group_size")
+            self.warn("every group is all right or all wrong, so the outcome gives no signal in this step; take easier "
+                      "or harder problems, or a larger --group_size")
         if (~rollouts.finished).float().mean() > 0.5:
             self.warn("more than half of the rollouts did not finish and score 0; raise --max_new_tokens or --max_turns")
         if rollouts.entropy.sum() / rollouts.mask.sum() < 0.01:
@@ -1045,9 +1058,8 @@ class Run:
         self._tick()
         before, steps = self.notes["before"], max(1, self.notes["step"])
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-        summary = {"method": self.config.method, "seed": self.config.seed,
-                   "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"],
-                   "accuracy_best": self.notes["best"], "se_before": before["se"], "se": after["se"],
+        summary = {"method": self.config.method, "seed": self.config.seed, "accuracy_before": before["accuracy"],
+                   "accuracy_after": after["accuracy"], "accuracy_best": self.notes["best"], "se": after["se"],
                    "greedy_before": before["greedy_accuracy"], "greedy_after": after["greedy_accuracy"],
                    "greedy_se": after["greedy_se"], "skipped_steps": self.notes["skipped_steps"],
                    "seconds": self.notes["seconds"], "seconds_per_step": self.notes["step_seconds"] / steps,
@@ -1062,14 +1074,15 @@ class Run:
 
 
 def header(script: str, config, model, device) -> None:
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{script}  {config.method}  {config.model} model, {count / 1e6:.2f} M parameters | {device}, "
-          f"{torch.get_num_threads()} threads | seed {config.seed} | {config.steps} steps x {config.prompts_per_step} prompts x "
-          f"{config.group_size} rollouts\nthe loss is not printed: with one update a batch its value says nothing about progress", flush=True)
+    threads = torch.get_num_threads()
+    print(f"{script}  {config.method}  {config.model} model, {model.num_parameters() / 1e6:.2f} M parameters | {device}, "
+          f"{threads} thread{'s' * (threads > 1)} | seed {config.seed} | {config.steps} steps x "
+          f"{config.prompts_per_step} prompts x {config.group_size} rollouts\nThe loss is not printed: with one update "
+          "a batch its value says nothing about progress.", flush=True)
 
 
 def table(rows: list[list], head: list[str]) -> str:
-    """Aligned text table, Markdown as well."""
+    """Aligned text, and Markdown as well."""
     cells = [head, *[[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]]
     widths = [max(len(r[i]) for r in cells) for i in range(len(head))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths)) + " |" for r in cells]
@@ -1082,7 +1095,7 @@ def mean_spread(values) -> str:
 
 
 def plot_runs(png: str, folders: list) -> None:
-    """Draws accuracy, solved share, entropy and response length of one or more run folders into one PNG."""
+    """Accuracy, solved share, entropy and response length of one or more run folders, in one PNG."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1091,15 +1104,15 @@ def plot_runs(png: str, folders: list) -> None:
         try:
             records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         except OSError:
-            fail(f"{folder} is not a run's folder (no metrics.jsonl in it); check --plot")
-        last = max((r.get("step", 0) for r in records), default=0)
-        place = {"before": 0, "after": last}
-        evals = [(place.get(r["eval"], r["eval"]), r["accuracy"]) for r in records if "eval" in r]
-        axes[0].plot(*zip(*evals), "o-", label=Path(folder).name)
-        steps = [r for r in records if "eval" not in r]
+            fail(f"{folder} is not a run's folder (it has no metrics.jsonl); check --plot")
+        steps, evals = [r for r in records if "eval" not in r], [r for r in records if "eval" in r]
+        when = {"before": 0, "after": max((r["step"] for r in steps), default=0)}
+        axes[0].plot([when.get(r["eval"], r["eval"]) for r in evals], [r["accuracy"] for r in evals], "o-",
+                     label=Path(folder).name)
         for axis, key in zip(axes[1:], ("solved", "entropy", "length")):
             axis.plot([r["step"] for r in steps if key in r], [r[key] for r in steps if key in r])
-    for axis, title in zip(axes, ("held-out accuracy, T = 1", "solved (training batch)", "entropy (nats)", "response tokens")):
+    titles = ("held-out accuracy, T = 1", "solved (training batch)", "entropy (nats)", "sampled tokens a rollout")
+    for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="step")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
@@ -1116,27 +1129,28 @@ def train_and_plot(config, train: Callable, script: str) -> None:
         plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
 
 
-# ------------------------------------------------------------------------------------------------ chat, for judges and memory
-def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, temperature: float = 0.0, *, json_object: bool = False,
-                 api_key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 4, workers: int = 8, batch: int = 8,
-                 device="auto", sleep: Callable = time.sleep) -> Callable[[list[list[dict]]], list[str | None]]:
+# ------------------------------------------------------------------------------------------- chat, for judges and memory
+def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, temperature: float = 0.0, *,
+                 json_object: bool = False, batch: int = 8, device: str = "auto", **network) -> Callable:
     """A function: list of conversations (lists of messages) -> list of texts, None where no complete answer came.
 
-    name: a URL (OpenAI-compatible server; `model_name` is the server's) or a Hugging Face id or folder (local, batched).
+    name: the URL of an OpenAI-compatible server (`model_name` is the server's name of the model, `network` the keyword
+    arguments of `endpoint`), or a Hugging Face id or folder, run here in batches. The function takes temperature and
+    max_new_tokens of its own, so that one loaded model can play several roles.
     """
     if name.startswith(("http://", "https://")):
-        return endpoint(name, model_name, max_new_tokens, temperature, json_object, api_key_env, timeout, retries, workers, sleep)
+        return endpoint(name, model_name, max_new_tokens, temperature, json_object, **network)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tok = load_model(name, device, trainable=False)
-    room = getattr(model.config, "max_position_embeddings", 1 << 30) - max_new_tokens
     generator = torch.Generator(device).manual_seed(0)
 
-    def chat(conversations):
+    def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
         answers: list[str | None] = [None] * len(conversations)
-        fits = [i for i, c in enumerate(conversations) if len(prompt_ids(tok, c)) <= room]  # too long a prompt is no answer, not a crash
-        for start in range(0, len(fits), batch):
-            part = fits[start:start + batch]
+        room = model.config.max_position_embeddings - max_new_tokens
+        fitting = [i for i, c in enumerate(conversations) if len(prompt_ids(tok, c)) <= room]  # too long: no answer
+        for start in range(0, len(fitting), batch):
+            part = fitting[start:start + batch]
             out = rollout(model, tok, [Task(conversations[i], "") for i in part], max_new_tokens=max_new_tokens,
                           temperature=temperature, generator=generator)
             for i, text, done in zip(part, out.texts, out.finished.tolist()):
@@ -1145,69 +1159,67 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
     return chat
 
 
-def endpoint(url, model_name, max_new_tokens, temperature, json_object, api_key_env, timeout, retries, workers, sleep):
-    """OpenAI-compatible server through huggingface_hub. Retries 429, 5xx, time-outs and lost connections with back-off."""
+def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float, json_object: bool,
+             api_key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 4, workers: int = 8,
+             sleep: Callable = time.sleep) -> Callable:
+    """`chat_backend` for a server. 429, 5xx, time-outs and lost connections are retried with back-off, `workers` at once."""
     from huggingface_hub import InferenceClient
     # The key is always explicit: without one, the client would send this machine's Hugging Face token to the URL.
     client = InferenceClient(base_url=url, api_key=os.environ.get(api_key_env) or "EMPTY", timeout=timeout)
     extra = {"response_format": {"type": "json_object"}} if json_object else {}
 
-    def ask(messages):
+    def ask(messages, sampling):
         for attempt in range(retries + 1):
             try:
-                choice = client.chat_completion(messages, model=model_name or "default", max_tokens=max_new_tokens,
-                                                temperature=temperature, **extra).choices[0]
-                complete = choice.message.content and choice.finish_reason != "length"
-                return choice.message.content if complete else None
-            except Exception as error:  # the transport library's own error classes differ between versions: look at attributes
+                choice = client.chat_completion(messages, model=model_name or "default", **sampling, **extra).choices[0]
+                return None if choice.finish_reason == "length" else choice.message.content or None
+            except Exception as error:  # the error classes of the transport differ between versions; attributes do not
                 code = getattr(getattr(error, "response", None), "status_code", None)
                 if code in (401, 403, 404):
-                    fail(f"{url} answered {code}; check the address, the model name '{model_name}' and the key in ${api_key_env}")
+                    fail(f"{url} answered {code}; check the address, the model name '{model_name}' and ${api_key_env}")
                 if code is not None and code != 429 and code < 500:
                     return None  # this conversation was refused; asking again would not help
                 if attempt < retries:
                     sleep(min(2.0 ** attempt, 30.0))
         return None
 
-    def chat(conversations):
+    def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
+        sampling = {"max_tokens": max_new_tokens, "temperature": temperature}
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(ask, conversations))
+            return list(pool.map(lambda messages: ask(messages, sampling), conversations))
     return chat
 
 
-# ------------------------------------------------------------------------------------------------ the GRPO baseline
+# ------------------------------------------------------------------------------------------- the GRPO baseline
+def small_chain(rng) -> Task:
+    return chain_task(rng, operations=(2, 4), modulus=7)
+
+
 def worked_solution(rng, task: Task, wrong: float = 0.0) -> str:
-    """A chain solved in writing, `A4+1=5, B5*5=5. \\boxed{5}`; each result is a random number with probability `wrong`."""
+    """A chain solved in writing, `A4+1=5, B5*5=4. \\boxed{4}`; each result is random with probability `wrong`."""
     value, modulus, steps = parse_chain(task.messages[-1]["content"])
     parts = []
     for label, operation, operand in steps:
-        result = APPLY[operation](value, operand) % modulus
-        if rng.random() < wrong:
-            result = rng.randrange(modulus)
+        result = rng.randrange(modulus) if rng.random() < wrong else APPLY[operation](value, operand) % modulus
         parts.append(f"{label}{value}{operation}{operand}={result}")
         value = result
     return ", ".join(parts) + f". \\boxed{{{value}}}"
 
 
 def demonstration(tok, task: Task, answer: str) -> tuple[list[int], list[int]]:
-    """Task and one assistant turn -> (ids, mask) as the rollout would have produced them."""
+    """Task and one assistant turn -> (ids, mask), as a rollout would have produced them."""
     prompt, turn = prompt_ids(tok, task.messages), [*encode(tok, answer), end_of_turn(tok)]
     return prompt + turn, [0] * len(prompt) + [1] * len(turn)
 
 
 def load_student(config, device):
-    """The tiny model, fitted on worked solutions with 15 % wrong results, or a Hugging Face model."""
+    """The tiny model, fitted on worked solutions with 15 % wrong results, or a Hugging Face model as it is."""
     if config.model != "tiny":
         return load_model(config.model, device)
     tok, rng = build_tokenizer(CHAIN_ATOMS), random.Random(1)
     tasks = [small_chain(rng) for _ in range(8000)]
     docs = [demonstration(tok, task, worked_solution(rng, task, wrong=0.15)) for task in tasks]
-    model = tiny_model(tok, seed=1)
-    return fit_tiny("the student", model, docs, steps=600, fresh=config.fresh).to(device), tok
-
-
-def small_chain(rng) -> Task:
-    return chain_task(rng, operations=(2, 4), modulus=7)
+    return fit_tiny("the student", tiny_model(tok, seed=1), docs, steps=600, fresh=config.fresh).to(device), tok
 
 
 def train(config: Config) -> dict:
@@ -1229,16 +1241,16 @@ def train(config: Config) -> dict:
         rollouts = rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
                            generator=generator, **sampling)
         rescore(student, rollouts, config)
-        sampled = time.time()
-        reward = rewards(rollouts, tasks).to(device)                                # (B,)
-        advantages = group_advantages(reward, config.group_size)[:, None]           # (B, 1)
-        norm = update(student, optimizer, rollouts, advantages, config, step)
-        flat = int((reward.view(-1, config.group_size).std(1, correction=0) == 0).sum())
+        reward = rewards(rollouts, tasks)                                           # (B,)
+        advantages = group_advantages(reward, config.group_size)                    # (B,)
+        norm = update(student, optimizer, rollouts, advantages[:, None], config, step)
+
+        flat = sum(len(set(group)) == 1 for group in reward.view(-1, config.group_size).tolist())
         run.watch(rollouts, flat, config.prompts_per_step, norm)
-        run.step(step + 1, time.time() - started,
-                 {"solved": float(reward.mean()), "entropy": float(rollouts.entropy.sum() / rollouts.mask.sum()),
-                  "grad": norm, "length": float(rollouts.mask.sum(1).float().mean()),
-                  "flat groups": f"{flat}/{config.prompts_per_step}"}, rollout_seconds=sampled - started)
+        tokens = rollouts.mask.sum()
+        run.step(step + 1, time.time() - started, {
+            "solved": float(reward.mean()), "entropy": float(rollouts.entropy.sum() / tokens), "grad": norm,
+            "length": float(tokens / len(reward)), "flat groups": f"{flat}/{config.prompts_per_step}"})
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {transcript(tok, rollouts, 0)}")
         if config.eval_every and (step + 1) % config.eval_every == 0:

@@ -34,8 +34,8 @@ What is built into the toy: the student's demonstrations contain errors at the r
 first one; the teacher's demonstrations contain no time-out, so it does not know what to do after one. That is the
 paper's premise, put there by hand. --timeout_rate 0 and --teacher_knows_timeouts take it away.
 """
-import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -71,6 +71,11 @@ class Config(common.Config):
     seeds: int = option(3, "seeds for --compare: 0, 1, ...")
     cascade: bool = option(False, "print divergence, weight and teacher reliability by step, before any training")
     explain: bool = option(False, "print one rollout of the student token by token, before any training")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.timeout_rate is None:
+            self.timeout_rate = 0.1 if self.data == "chain" else 0.0
 
 
 # ------------------------------------------------------------------------------------------------ the equations
@@ -152,6 +157,7 @@ STUDENT = dict(malformed=.08, operand=.05, start=.04, skip=.04, copy=.08, worse=
 TEACHER = dict(malformed=.01, operand=.01, start=.01, skip=.005, copy=.01, worse=1., retry=1., redo=1., phrase=(.2, .2, .3, .3))
 
 
+@functools.cache
 def build_tokenizer():
     schema = json.dumps(common.TOOLS["calculator"].schema)
     return common.build_tokenizer([*common.CHAIN_ATOMS, *FIRST, *SECOND, OPEN, CLOSE, schema, BAD_EXPRESSION, TIMED_OUT])
@@ -211,8 +217,9 @@ def conversation(tok, task: Task, turns, tool: Tool) -> tuple[list[int], list[in
     return ids, mask
 
 
-def demonstrations(tok, count: int, habits: dict, timeout_rate: float, seed: int):
-    rng = random.Random(seed)
+@functools.cache  # --compare asks for the same corpus again and again
+def demonstrations(tok, count: int, who: str, timeout_rate: float, seed: int):
+    rng, habits = random.Random(seed), {"student": STUDENT, "teacher": TEACHER}[who]
     tool = flaky(common.TOOLS["calculator"], timeout_rate, rng)
     tasks = [common.chain_task(rng) for _ in range(count)]
     return [conversation(tok, task, demonstrate(rng, task, habits, tool), tool) for task in tasks]
@@ -223,7 +230,7 @@ def load_student(config, device):
     if config.model != "tiny":
         return common.load_model(config.model, device)
     tok = build_tokenizer()
-    docs = demonstrations(tok, 8000, STUDENT, config.timeout_rate, seed=1)
+    docs = demonstrations(tok, 8000, "student", config.timeout_rate, seed=1)
     model = common.tiny_model(tok, seed=1, hidden_size=64)
     return common.fit_tiny("the student", model, docs, steps=800, fresh=config.fresh).to(device), tok
 
@@ -239,7 +246,7 @@ def load_teacher(config, tok, device):
         return teacher
     common.check_same_tokenizer(tok, build_tokenizer())
     rate = config.timeout_rate if config.teacher_knows_timeouts else 0.0
-    docs = demonstrations(tok, 8000, TEACHER, rate, seed=2)
+    docs = demonstrations(tok, 8000, "teacher", rate, seed=2)
     teacher = common.tiny_model(tok, seed=2, hidden_size=96)
     common.fit_tiny("the teacher", teacher, docs, steps=500, seed=2, fresh=config.fresh)
     weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in teacher.parameters())).hexdigest()
@@ -249,7 +256,7 @@ def load_teacher(config, tok, device):
 
 def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
     """GRPO on the outcome alone, in place."""
-    config = Config(prompts_per_step=8, group_size=8)
+    config = Config(prompts_per_step=8, group_size=8)  # fixed: the teacher does not depend on the student's flags
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     tool = flaky(common.TOOLS["calculator"], timeout_rate, rng)
     optimizer = common.make_optimizer(model, config)
@@ -265,8 +272,6 @@ def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
 def train(config: Config) -> dict:
     """Rollouts with tool -> outcome advantage -> teacher scores the same ids -> step weights -> one policy loss."""
     device = common.setup(config)
-    if config.timeout_rate is None:
-        config.timeout_rate = 0.1 if config.data == "chain" else 0.0
     run = common.Run(config, "sod")
     rule, grpo, distill = METHODS[config.method]
     train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks)
@@ -395,8 +400,6 @@ def teacher_is_right(teacher, tok, prefixes, rights, batch: int = 128) -> list[b
 def look(config: Config, count: int):
     """The start of a run, for looking at: student, teacher, tokenizer, problems and `count` scored rollouts."""
     device = common.setup(config)
-    if config.timeout_rate is None:
-        config.timeout_rate = 0.1 if config.data == "chain" else 0.0
     _, tasks = common.load_tasks(config.data, count)
     student, tok = load_student(config, device)
     teacher = load_teacher(config, tok, device)
@@ -489,6 +492,8 @@ def explain(config: Config) -> None:
 
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
+    if config.timeout_rate > 1:
+        common.fail(f"--timeout_rate {config.timeout_rate} is no share of the calls; give a number from 0 to 1")
     if config.cascade:
         cascade(config)
     elif config.explain:

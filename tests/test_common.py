@@ -1,0 +1,570 @@
+"""The shared pieces: masks, scoring, GRPO's formulas, tools, answers, data, runs on disk."""
+import copy
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from common import Task
+
+ROOT = common.Path(common.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return common.build_tokenizer(common.CHAIN_ATOMS)
+
+
+@pytest.fixture(scope="module")
+def model(tok):
+    return common.tiny_model(tok, seed=0).eval()
+
+
+def ask(text):
+    return Task([{"role": "user", "content": text}], "7")
+
+
+# ------------------------------------------------------------------------------------------- formulas
+def test_group_advantages_worked_numbers():
+    def of(*rewards, **how):
+        return common.group_advantages(torch.tensor(rewards), len(rewards), **how).tolist()
+    assert of(1., -1., -1., 1.) == pytest.approx([.8660, -.8660, -.8660, .8660], abs=1e-4)
+    assert of(1., -1.1, -1.1, -1.1) == pytest.approx([1.5, -.5, -.5, -.5], abs=1e-4)
+    assert of(*[1.] + [0.] * 15) == pytest.approx([3.75] + [-.25] * 15, abs=1e-4)
+    assert of(1., 0., 0., 1., std=False) == [.5, -.5, -.5, .5]
+    assert of(1., 0., 0., 0., std=False) == [.75, -.25, -.25, -.25]
+
+
+@pytest.mark.parametrize("rewards", [[.1] * 7, [0.] * 4, [1 / 3] * 5, [.7]])
+def test_no_variance_or_one_rollout_gives_exactly_zero(rewards):
+    for std in (True, False):
+        assert common.group_advantages(torch.tensor(rewards), len(rewards), std).tolist() == [0.0] * len(rewards)
+
+
+def test_groups_do_not_mix_and_scale_does_not_matter():
+    r = torch.tensor([1., 0., 0., 1., 1., 0.])
+    a = common.group_advantages(r, 3)
+    assert torch.allclose(a, torch.cat([common.group_advantages(r[:3], 3), common.group_advantages(r[3:], 3)]))
+    assert torch.allclose(common.group_advantages(5 * r - 2, 3), a, atol=1e-4)
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, gradient", [
+    (1.5, .5, -.64, 0), (1.5, -.5, .75, .75), (.5, .5, -.25, -.25), (.5, -.5, .40, 0), (4., -.5, 1.5, 0), (2., -.5, 1., 1.)])
+def test_policy_loss_clips(ratio, advantage, loss, gradient):
+    logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    value = common.policy_loss(logp, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1))
+    value.backward()
+    assert float(value.detach()) == pytest.approx(loss) and float(logp.grad) == pytest.approx(gradient)
+
+
+def test_policy_loss_is_one_token_mean():
+    """Lengths 2 and 6, advantages +.5 and -.5, ratio 1: token mean .25, not the mean of the two sequence means (0)."""
+    logps = torch.zeros(2, 6, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1] * 6])
+    loss = common.policy_loss(logps, torch.zeros(2, 6), torch.tensor([[.5], [-.5]]), mask)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(.25)
+    assert logps.grad[0].tolist() == pytest.approx([-.0625, -.0625, 0, 0, 0, 0])
+    assert logps.grad[1].tolist() == pytest.approx([.0625] * 6)
+
+
+# ------------------------------------------------------------------------------------------- scoring
+def naive_logps(model, ids, attention_mask, temperature):
+    """What token_logps must equal: all logits at once, plain log-softmax, shift by one."""
+    logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=common.positions(attention_mask)).logits
+    logp = torch.log_softmax(logits[:, :-1] / temperature, -1).gather(2, ids[:, 1:, None])[..., 0]
+    return torch.cat([torch.zeros(len(ids), 1), logp], 1)
+
+
+def some_rollouts(model, tok, group_size=3, **how):
+    rng = random.Random(0)
+    tasks = [common.chain_task(rng) for _ in range(3)]
+    how = {"generator": torch.Generator().manual_seed(0), "max_new_tokens": 20, **how}
+    return common.rollout(model, tok, tasks, group_size, **how)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rollout_and_scorer_agree(model, tok, temperature):
+    rollouts = some_rollouts(model, tok, temperature=temperature)
+    logps, entropy = common.score(model, rollouts, temperature, micro_batch=2)
+    assert torch.allclose(logps, rollouts.logps, atol=1e-5)
+    assert torch.allclose(entropy, rollouts.entropy, atol=1e-4)
+    naive = naive_logps(model, rollouts.ids, rollouts.attention_mask, temperature) * rollouts.mask
+    assert torch.allclose(logps, naive, atol=1e-5)
+
+
+def test_padding_changes_nothing(model, tok):
+    rollouts = some_rollouts(model, tok)
+    one = common.token_logps(model, rollouts.ids, rollouts.attention_mask, rollouts.mask)
+    for left, right in ((7, 0), (0, 5), (3, 4)):
+        def pad(x, value=0):
+            return torch.nn.functional.pad(x, (left, right), value=value)
+        more = common.token_logps(model, pad(rollouts.ids, 5), pad(rollouts.attention_mask), pad(rollouts.mask))
+        assert torch.allclose(more[:, left:more.shape[1] - right], one, atol=1e-5)
+
+
+def test_vocabulary_chunks_change_neither_value_nor_gradient(model, tok, monkeypatch):
+    rollouts = some_rollouts(model, tok)
+    results = []
+    for size in (2**26, 5 * len(tok)):
+        monkeypatch.setattr(common, "CHUNK_LOGITS", size)
+        model.zero_grad()
+        logps = common.token_logps(model, rollouts.ids, rollouts.attention_mask, rollouts.mask)
+        logps.sum().backward()
+        results.append((logps.detach(), [p.grad.clone() for p in model.parameters()]))
+    model.zero_grad()
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0][1], results[1][1]))
+
+
+def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypatch):
+    rollouts = some_rollouts(model, tok)
+    advantages = torch.randn(len(rollouts.ids), 1, generator=torch.Generator().manual_seed(1))
+    gradients = []
+
+    def keep(model, optimizer, step, lr):
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+        return 0.0
+    monkeypatch.setattr(common, "apply_gradients", keep)
+    order = torch.randperm(len(rollouts.ids), generator=torch.Generator().manual_seed(2))
+    shuffled = dataclasses.replace(rollouts, **{f: getattr(rollouts, f)[order] for f in ("ids", "attention_mask", "mask", "logps")})
+    for batch, a, size in ((rollouts, advantages, 0), (rollouts, advantages, 1), (rollouts, advantages, 4),
+                           (shuffled, advantages[order], 2)):
+        common.update(model, None, batch, a, common.Config(micro_batch=size), 0)
+    for g in gradients[1:]:
+        assert torch.allclose(g, gradients[0], atol=1e-6)
+
+
+def test_update_without_signal_moves_nothing(tok, model):
+    student = copy.deepcopy(model)
+    config, rollouts = common.Config(), some_rollouts(student, tok)
+    optimizer = common.make_optimizer(student, config)
+    common.update(student, optimizer, rollouts, torch.ones(len(rollouts.ids), 1), config, 9)  # fills Adam's momentum
+    before = [p.clone() for p in student.parameters()]
+    common.update(student, optimizer, rollouts, torch.zeros(len(rollouts.ids), 1), config, 9)
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters()))
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(tok, model):
+    student = copy.deepcopy(model)
+    optimizer = common.make_optimizer(student, common.Config())
+    before = [p.clone() for p in student.parameters()]
+    (next(student.parameters()).sum() * math.nan).backward()
+    assert math.isnan(common.apply_gradients(student, optimizer, 9, 1e-3))
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters()))
+
+
+def test_minibatches_reuse_the_frozen_log_probs(tok, model, monkeypatch):
+    """In the second minibatch the policy has moved: the ratio is no longer 1, the old log-probs are still the rollout's."""
+    student, config = copy.deepcopy(model), common.Config(minibatches=2, group_size=3, lr=1e-2)
+    rollouts, ratios, real = some_rollouts(student, tok), [], common.policy_loss
+
+    def spy(logps, old_logps, advantages, mask, **how):
+        ratios.append(float(((logps - old_logps) * mask).abs().max()))
+        return real(logps, old_logps, advantages, mask, **how)
+    monkeypatch.setattr(common, "policy_loss", spy)
+    common.update(student, common.make_optimizer(student, config), rollouts, torch.ones(len(rollouts.ids), 1), config, 9)
+    assert ratios[0] < 1e-5 < ratios[1]
+
+
+# ------------------------------------------------------------------------------------------- rollouts
+class Script:
+    """Stands in for common.choose: hands each row its own ids, in order, whatever the batch looks like by then.
+
+    A row is recognised by its cache-free history: the rollout asks in the order of its batch, and drops only rows that
+    are done, which this class follows from the scripts.
+    """
+    def __init__(self, scripts, glue):
+        self.scripts, self.at, self.rows = scripts, [0] * len(scripts), list(range(len(scripts)))
+        self.waiting, self.glue = [0] * len(scripts), glue  # glue(row, k): forced ids after its k-th sampled id
+
+    def __call__(self, logits, temperature, top_p, generator):
+        if len(logits) < len(self.rows):
+            self.rows = [i for i in self.rows if self.waiting[i] or self.at[i] < len(self.scripts[i])]
+        assert len(logits) == len(self.rows)
+        chosen = []
+        for i in self.rows:
+            if self.waiting[i] or self.at[i] >= len(self.scripts[i]):
+                self.waiting[i] = max(0, self.waiting[i] - 1)
+                chosen.append(0)  # is overruled by the queue, or the row is done
+            else:
+                chosen.append(self.scripts[i][self.at[i]])
+                self.waiting[i] = self.glue(i, self.at[i])
+                self.at[i] += 1
+        token = torch.tensor(chosen)
+        logps = torch.log_softmax(logits / temperature, -1)
+        return token, logps.gather(1, token[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+
+
+def call(expression, name="calculator"):
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {{"expression": "{expression}"}}}}\n</tool_call>'
+
+
+def run_script(monkeypatch, tok, model, rows, **how):
+    """rows: per row a list of turns. Every turn is encoded and ended; tool answers come from the real calculator."""
+    end = common.end_of_turn(tok)
+    encoded = [[[*(t if isinstance(t, list) else common.encode(tok, t)), end] for t in turns] for turns in rows]
+    flat = [[i for turn in turns for i in turn] for turns in encoded]
+    tool, glue = common.TOOLS["calculator"], {}
+    for r, turns in enumerate(rows):
+        position = -1
+        for k, turn in enumerate(turns):
+            position += len(encoded[r][k])
+            found = common.parse_tool_call(turn) if isinstance(turn, str) else None
+            if found and k + 1 < how.get("max_turns", 8):
+                glue[r, position] = len(common.tool_message_ids(tok, common.run_tools(tool, [found])[0][0]))
+    tasks = [ask(f"question {i} {'x' * i}") for i in range(len(rows))]
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "choose", Script(flat, lambda r, p: glue.get((r, p), 0)))
+        return common.rollout(model, tok, tasks, tool=tool, **{"max_new_tokens": 400, **how})
+
+
+def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
+    rows = [["first " + call("(4+1)%10"), "then " + call("4+*1"), "\\boxed{7}"], ["\\boxed{3}"],
+            [call("2", name="no_such_tool"), "\\boxed{9}"]]
+    out = run_script(monkeypatch, tok, model, rows)
+    end = common.end_of_turn(tok)
+    answers = [["5", common.BAD_EXPRESSION], [], ["error: there is no tool no_such_tool"]]
+    for i, turns in enumerate(rows):
+        expected, mask = [], []
+        for k, turn in enumerate(turns):
+            said = [*common.encode(tok, turn), end]
+            heard = common.encode(tok, f"\n<|im_start|>user\n<tool_response>\n{answers[i][k]}\n</tool_response><|im_end|>\n"
+                                       "<|im_start|>assistant\n") if k < len(answers[i]) else []
+            expected, mask = expected + said + heard, mask + [1] * len(said) + [0] * len(heard)
+        length = int(out.attention_mask[i, out.prompt_length:].sum())
+        assert out.ids[i, out.prompt_length:][:length].tolist() == expected
+        assert out.mask[i, out.prompt_length:][:length].tolist() == mask and int(out.mask[i].sum()) == sum(mask)
+        assert len(out.steps[i]) == len(turns)
+    assert out.tool_status == [["ok", "error", "none"], ["none"], ["error", "none"]]
+    assert out.finished.tolist() == [True] * 3 and out.texts == ["\\boxed{7}", "\\boxed{3}", "\\boxed{9}"]
+    assert common.rewards(out, [ask("")] * 3).tolist() == [1.0, 0.0, 0.0]
+    # the cache across tool turns and the compacted batch must give what one full pass gives
+    assert torch.allclose(common.token_logps(model, out.ids, out.attention_mask, out.mask), out.logps, atol=1e-5)
+    assert "[5]" in common.transcript(tok, out, 0) and "<|im_end|>" not in common.transcript(tok, out, 0)
+
+
+def test_ids_survive_a_tokenizer_that_would_encode_them_differently(monkeypatch, tok, model):
+    """`\\boxed{` is one token; sampled byte by byte it must stay bytes: nothing is decoded and encoded again."""
+    bytewise = [i for c in "\\boxed{7}" for i in common.encode(tok, c)]
+    assert common.encode(tok, tok.decode(bytewise)) != bytewise
+    out = run_script(monkeypatch, tok, model, [[bytewise]])
+    assert out.ids[0, out.prompt_length:].tolist() == [*bytewise, common.end_of_turn(tok)]
+    assert common.rewards(out, [ask("")]).tolist() == [1.0]
+
+
+def test_budget_turn_limit_and_malformed_calls(monkeypatch, tok, model):
+    long = run_script(monkeypatch, tok, model, [[call("1+1"), "\\boxed{7}"]], max_new_tokens=len(common.encode(tok, call("1+1"))) + 4)
+    assert long.finished.tolist() == [False] and long.tool_status == [["ok"]]
+    assert int(long.attention_mask[0, long.prompt_length:].sum()) == int(long.mask[0].sum())  # the message is not appended
+    turns = run_script(monkeypatch, tok, model, [[call("1+1"), call("2+2")]], max_turns=2)
+    assert turns.tool_status == [["ok", "none"]] and turns.finished.tolist() == [False]  # the last call is not run
+    broken = run_script(monkeypatch, tok, model, [['<tool_call>{"name": </tool_call>']])
+    assert broken.finished.tolist() == [True] and broken.tool_status == [["none"]]
+    cut = some_rollouts(model, tok, max_new_tokens=3)
+    assert not cut.finished.any() and int(cut.mask.sum()) == 9 * 3
+
+
+def test_pad_may_be_the_end_of_turn_token(tok, model):
+    same = copy.deepcopy(tok)
+    same.pad_token = same.eos_token
+    a, b = some_rollouts(model, tok, max_new_tokens=60), some_rollouts(model, same, max_new_tokens=60)
+    assert torch.equal(a.mask, b.mask) and torch.equal(a.attention_mask, b.attention_mask)
+    assert torch.allclose(a.logps, b.logps, atol=1e-5)
+    ended = a.finished.nonzero().flatten().tolist()
+    for i in ended:  # the sampled end-of-turn is trained
+        last = int(a.mask[i].nonzero()[-1])
+        assert int(b.ids[i, last]) == common.end_of_turn(tok)
+
+
+def test_same_seed_same_rollouts_and_greedy_is_the_argmax(tok, model):
+    a, b = some_rollouts(model, tok), some_rollouts(model, tok)
+    assert torch.equal(a.ids, b.ids)
+    greedy = some_rollouts(model, tok, temperature=0.0)
+    logits = model(input_ids=greedy.ids, attention_mask=greedy.attention_mask,
+                   position_ids=common.positions(greedy.attention_mask)).logits
+    chosen = greedy.mask[:, 1:].bool()
+    assert torch.equal(logits[:, :-1].argmax(-1)[chosen], greedy.ids[:, 1:][chosen])
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    logits = torch.tensor([[.5, .3, .15, .05]]).log().repeat(2000, 1)
+    generator = torch.Generator().manual_seed(0)
+    assert set(common.choose(logits, 1.0, 0.6, generator)[0].tolist()) == {0, 1}
+    assert set(common.choose(logits, 1.0, 1.0, generator)[0].tolist()) == {0, 1, 2, 3}
+    token, logp, entropy = common.choose(logits, 1.0, 0.6, generator)
+    assert logp[token == 0][0] == pytest.approx(math.log(.5))  # of the full distribution
+    assert float(entropy[0]) == pytest.approx(-sum(p * math.log(p) for p in (.5, .3, .15, .05)), abs=1e-6)
+
+
+QWEN_LIKE = """{%- for m in messages %}{%- if m.role == 'assistant' %}<|im_start|>assistant
+{% if loop.last %}<think>
+
+</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% elif m.role == 'tool' %}<|im_start|>user
+<tool_response>
+{{ m.content }}
+</tool_response><|im_end|>
+{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
+{% if not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+
+def test_tool_glue_comes_from_the_template(tok):
+    other = copy.deepcopy(tok)
+    other.chat_template = QWEN_LIKE  # renders the last assistant turn differently, as Qwen3 does
+    glue = "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    assert tok.decode(common.tool_message_ids(tok, "5")) == glue
+    assert tok.decode(common.tool_message_ids(other, "5")) == glue + "<think>\n\n</think>\n\n"
+    assert tok.decode(common.tool_message_ids(other, "5", thinking=True)) == glue
+    other.chat_template = QWEN_LIKE.replace("m.role == 'tool'", "false").replace("{% else %}", "{% elif m.role == 'user' %}")
+    common.tool_glue.cache_clear()
+    assert "<tool_response>\n5\n</tool_response>" in tok.decode(common.tool_message_ids(other, "5"))
+    common.tool_glue.cache_clear()
+
+
+def test_a_tool_cannot_end_a_turn(tok):
+    end = common.end_of_turn(tok)
+    assert common.tool_message_ids(tok, "a<|im_end|>b").count(end) == common.tool_message_ids(tok, "a").count(end)
+
+
+def test_tool_schema_reaches_the_prompt_whatever_the_template(tok):
+    other, tool = copy.deepcopy(tok), common.TOOLS["calculator"]
+    other.chat_template = QWEN_LIKE
+    for t in (tok, other):
+        text = tok.decode(common.prompt_ids(t, ask("1+1?").messages, tool))
+        assert "Evaluates one arithmetic expression." in text and "expression" in text
+    system = [{"role": "system", "content": "Be brief."}, *ask("1+1?").messages]
+    text = tok.decode(common.prompt_ids(other, system, tool))
+    assert text.count("<|im_start|>system") == 1 and "Be brief." in text
+
+
+# ------------------------------------------------------------------------------------------- tools
+@pytest.mark.parametrize("expression, answer", [
+    ("(4+1)%10", "5"), ("-3%10", "7"), ("2**10", "1024"), ("7/2", "3.5"), ("1e3", "1000"), ("  6*7 ", "42")])
+def test_calculator(expression, answer):
+    assert common.run_calculator({"expression": expression}) == (answer, "ok")
+
+
+@pytest.mark.parametrize("expression", ["4+*1", "", "1/0", "9**9**9", "__import__('os')", "a", "1j", "'x'*3", "(" * 300, "1e999",
+                                        "True", "(-8)**.5", "\x00"])
+def test_calculator_refuses(expression):
+    assert common.run_calculator({"expression": expression}) == (common.BAD_EXPRESSION, "error")
+    assert common.run_calculator({}) == (common.BAD_EXPRESSION, "error")
+
+
+def test_python_tool():
+    run = common.run_python
+    assert run({"code": "x = 6\nx * 7"}) == ("42", "ok")
+    assert run({"code": "text\n```python\nprint(1)\n```"}) == ("1", "ok")
+    text, status = run({"code": "1/0"})
+    assert status == "error" and "ZeroDivisionError" in text and len(text) <= 273
+    assert run({"code": "def f(:"})[1] == "error"
+    text, _ = run({"code": "print('a' * 500 + 'b' * 500)"})
+    assert len(text) == 273 and text.startswith("a" * 128 + "...") and text.endswith("b" * 128)
+    assert run({"code": "import os; print(sorted(os.environ))"})[0] in ("[]", "['LC_CTYPE']")
+    assert run({"code": "input()"})[1] == "error"
+    assert run({"code": ""}) == ("(no output)", "ok")
+
+
+def test_python_tool_kills_what_is_left_running(tmp_path):
+    started = time.time()
+    mark = tmp_path / "mark"
+    code = f"import os, time\nif os.fork() == 0:\n    time.sleep(3)\n    open({str(mark)!r}, 'w')\nwhile True: pass"
+    assert common.run_python({"code": code}, seconds=1.0) == ("error: timed out", "timeout")
+    assert time.time() - started < 3
+    time.sleep(3)
+    assert not mark.exists()
+
+
+def test_parse_tool_call():
+    assert common.parse_tool_call(call("1+1")) == {"name": "calculator", "arguments": {"expression": "1+1"}}
+    for bad in ("", "<tool_call>", "<tool_call>{}</tool_call>", '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
+                '<tool_call>{"name": "a", "arguments": "b"}</tool_call>', "<tool_call>[1]</tool_call>",
+                "<tool_call>" + "[" * 100000 + "</tool_call>"):
+        assert common.parse_tool_call(bad) is None
+
+
+# ------------------------------------------------------------------------------------------- answers and data
+@pytest.mark.parametrize("text, answer, right", [
+    ("so \\boxed{42}", "42", True), ("\\boxed{1,234.0}", "1234", True), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", True),
+    ("\\boxed{1} then \\boxed{2}", "2", True), ("\\boxed{2", "2", False), ("#### 72", "72", True), ("$18", "18", True),
+    ("<answer>\nD\n</answer>", "D", True), ("<answer>d</answer>", "D", False), ("<answer>D. text</answer>", "D", False),
+    ("I think it is 42", "42", False), ("<think>\\boxed{1}</think> \\boxed{3}", "3", True), ("50%", "50", True),
+    ("", "1", False), ("\\boxed{}", "1", False), ("C", "C", True), ("-7.50", "-7.5", True), ("\\boxed{Paris}", "paris", True)])
+def test_answers(text, answer, right):
+    assert common.is_correct(text, answer) is right
+
+
+def test_chain_problems():
+    text = common.chain_task(random.Random(0)).messages[-1]["content"]
+    assert common.chain_values("Start with 3, work modulo 10: A-9, B*7, C-7. Put") == [3, 4, 8, 1]
+    train, held_out = common.load_tasks("chain", 50)
+    assert text and not {t.messages[0]["content"] for t in train} & {t.messages[0]["content"] for t in held_out}
+    assert len(held_out) == 50 and all(common.is_correct(f"\\boxed{{{t.answer}}}", t.answer) for t in held_out)
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_real_formats(tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"text\n#### {i}"} for i in range(3)]
+    train, held = common.load_tasks(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n"), 1)
+    assert {t.answer for t in train + held} == {"0", "1", "2"} and "\\boxed" in held[0].messages[0]["content"]
+    train, held = common.load_tasks(write(tmp_path / "a.json", json.dumps(rows)), 1)
+    assert len(train) == 2
+    choice = {"prompt": "Which?", "answer": "B", "system": "Answer in <answer>", "kind": "mcq", "tests": "-", "embedding": []}
+    train, held = common.load_tasks(write(tmp_path / "b.json", json.dumps(choice) + "\n" + json.dumps({**choice, "prompt": "?"})), 1)
+    assert [m["role"] for m in train[0].messages] == ["system", "user"] and train[0].messages[1]["content"] in ("?", "Which?")
+    train, _ = common.load_tasks(write(tmp_path / "c.csv", "problem,solution\n1+1,2\n2+2,4\n"), 1)
+    assert train[0].answer in ("2", "4")
+    assert {t.messages[0]["content"][:2] for t in common.load_tasks(write(tmp_path / "d.jsonl", '{"question": "q1", "answer": 0}\n'
+            '{"question": "q2", "answer": "$1,000"}\n'), 1)[0]} <= {"q1", "q2"}
+
+
+def test_bad_data_is_refused_in_one_sentence(tmp_path, refused):
+    good = '{"question": "q", "answer": "1"}\n'
+    assert "no file" in refused(common.load_tasks, str(tmp_path / "missing.jsonl"), 1)
+    assert "line 2" in refused(common.load_tasks, write(tmp_path / "a.jsonl", good + '{"question": "tru'), 1)
+    assert "'foo'" in refused(common.load_tasks, write(tmp_path / "b.jsonl", '{"foo": 1, "answer": "2"}\n'), 1)
+    assert "row 2" in refused(common.load_tasks, write(tmp_path / "c.jsonl", good + "3\n"), 1)
+    assert "too few" in refused(common.load_tasks, write(tmp_path / "d.jsonl", good), 1)
+    assert "too few" in refused(common.load_tasks, write(tmp_path / "e.jsonl", ""), 1)
+    assert "line 4" in refused(common.load_tasks, write(tmp_path / "f.json", '[\n{"question": "q"},\n{"question"\n]'), 1)
+    assert "not one of the files" in refused(common.load_tasks, write(tmp_path / "g.txt", "x"), 1)
+    assert "cannot read" in refused(common.load_tasks, "no/such-dataset", 1)
+    assert "cannot load the model" in refused(common.load_model, str(tmp_path / "no-model"), "cpu")
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--nonsense", "1"], "--nonsense"), (["--step", "3"], "--step"), (["--steps", "many"], "many"), (["--steps", "-1"], "-1"),
+    (["--group_size", "0"], "group_size"), (["--temperature", "0"], "temperature"), (["--method", "ppo"], "ppo"),
+    (["--resume", "--overwrite"], "--resume"), (["--minibatches", "3"], "minibatches"), (["--lr", "nan"], "lr"),
+    (["--device", "abacus"], "abacus")])
+def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
+    assert word in refused(lambda: common.setup(common.parse(common.Config, argv)))
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+def test_evaluate_averages_over_problems(monkeypatch, tok, model):
+    texts = ["\\boxed{7}", "\\boxed{7}", "\\boxed{1}", "\\boxed{1}", "\\boxed{1}", "\\boxed{7}"]
+    out = some_rollouts(model, tok, group_size=2)
+    out = dataclasses.replace(out, texts=texts, finished=torch.tensor([True] * 6))
+    monkeypatch.setattr(common, "rollout", lambda *a, **k: out)
+    result = common.evaluate(model, tok, [ask("a"), ask("b"), ask("c")], samples=2)
+    assert result["accuracy"] == pytest.approx(.5) and result["pass@2"] == pytest.approx(2 / 3)
+    assert result["maj@2"] == pytest.approx(1 / 3) and result["se"] == pytest.approx(.5 / math.sqrt(3))
+
+
+# ------------------------------------------------------------------------------------------- models, cache, runs
+def fitted(tok, **how):
+    rng = random.Random(5)
+    docs = [common.demonstration(tok, t, common.worked_solution(rng, t)) for t in (common.small_chain(rng) for _ in range(64))]
+    return common.fit_tiny("a test model", common.tiny_model(tok, seed=3, hidden_size=32), docs, steps=10, **how)
+
+
+def test_cache_hit_damage_and_fresh(tok, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = fitted(tok)
+    path, = (tmp_path / "four-papers").iterdir()
+    stamp = path.stat().st_mtime_ns
+    second = fitted(tok)
+    assert path.stat().st_mtime_ns == stamp
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    path.write_bytes(path.read_bytes()[:1000])
+    third = fitted(tok)
+    assert "damaged" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters()))
+    stamp = path.stat().st_mtime_ns
+    fitted(tok, fresh=True)
+    assert path.stat().st_mtime_ns > stamp and len(list((tmp_path / "four-papers").iterdir())) == 1
+
+
+def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    loaded, loaded_tok = common.load_model(str(tmp_path), "cpu")
+    common.check_same_tokenizer(tok, loaded_tok)
+    messages = ask("Start with 1, work modulo 10: A+1.").messages
+    assert common.prompt_ids(loaded_tok, messages, common.TOOLS["calculator"]) == common.prompt_ids(
+        tok, messages, common.TOOLS["calculator"])
+    ids = torch.tensor([common.prompt_ids(tok, messages)])
+    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
+
+
+def test_local_chat_backend(tok, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    chat = common.chat_backend(str(tmp_path), max_new_tokens=2)
+    long = [{"role": "user", "content": "x" * 3000}]  # longer than the model's context: no answer, no crash
+    assert chat([ask("a").messages, long]) == [None, None]  # two tokens are no complete answer
+
+
+def lines_without_times(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "20", "--show_every", "0"]
+
+
+def test_training_improves_and_resume_equals_never_stopped(tmp_path, refused):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common.main(["--steps", "4", "--save_every", "2", "--eval_every", "2", "--out", str(whole), *SMALL])
+    common.main(["--steps", "2", "--save_every", "2", "--eval_every", "2", "--out", str(parts), *SMALL])
+    with open(parts / "metrics.jsonl", "a") as f:
+        f.write('{"step": 3, "solved": 0.1}\n{"step": 4, "sol')  # what a kill leaves behind
+    assert "seed" in refused(common.main, ["--resume", "--seed", "1", "--out", str(parts), *SMALL])
+    common.main(["--steps", "4", "--save_every", "2", "--eval_every", "2", "--resume", "--out", str(parts), *SMALL])
+    assert lines_without_times(whole) == lines_without_times(parts)
+    a, b = (json.loads((f / "summary.json").read_text()) for f in (whole, parts))
+    assert a["accuracy_after"] == b["accuracy_after"] and a["accuracy_best"] == b["accuracy_best"]
+    for x, y in zip(*(common.load_model(str(f / "model"), "cpu")[0].parameters() for f in (whole, parts))):
+        assert torch.equal(x, y)
+    assert "exists" in refused(common.main, ["--out", str(parts), *SMALL])
+    assert "no checkpoint" in refused(common.main, ["--resume", "--out", str(tmp_path / "none"), *SMALL])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    assert "does not look like a run" in refused(common.main, ["--overwrite", "--out", str(tmp_path / "mine"), *SMALL])
+    common.main(["--plot", str(tmp_path / "a.png"), str(whole), str(parts)])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    command = [sys.executable, str(ROOT / "common.py"), "--save_every", "1", "--out", str(tmp_path / "run"), *SMALL]
+    child = subprocess.Popen([*command, "--steps", "100000"], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "state.pt").exists():
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    done = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["notes"]["step"]
+    result = subprocess.run([*command, "--steps", str(done + 1), "--resume"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"step {done + 1}/" in result.stdout and f"step {done}/" not in result.stdout
+
+
+def test_grpo_learns(tmp_path):
+    config = common.parse(common.Config, ["--steps", "25", "--eval_tasks", "100", "--show_every", "0", "--out", str(tmp_path / "run")])
+    summary = common.train(config)
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.05

@@ -1,0 +1,235 @@
+"""SOD: the equations with worked numbers, the toy world, the loop, the command line."""
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import common
+import sod
+
+ROOT = common.Path(common.__file__).parent
+
+
+# ------------------------------------------------------------------------------------------- equations
+@pytest.mark.parametrize("mask, spans", [
+    ([1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0], [(0, 2), (4, 5), (6, 9)]), ([0, 1, 1, 0, 0], [(1, 3)]), ([0, 0, 0], []), ([1, 1], [(0, 2)])])
+def test_steps_are_runs_of_the_mask(mask, spans):
+    assert common.step_spans(mask) == spans
+
+
+def test_absolute_value_is_inside_the_mean():
+    s, q = torch.tensor([0., 1., 3., -2.]), torch.tensor([-1., 2., 0., 0.])
+    assert sod.step_divergence(s, q, [(0, 2)]) == [1.0]  # +1 and -1 do not cancel
+    assert sod.step_divergence(s, q, [(0, 3), (3, 4)]) == pytest.approx([5 / 3, 2.0])
+
+
+@pytest.mark.parametrize("d, w", [
+    ([.2, .4, .8], [1, .500001, .250001]), ([.3, .3, .3], [1, 1, 1]), ([.4, .2, .1], [1, 1.2, 1.2]), ([.4, .2, .8], [1, 1.2, .500001]),
+    ([.218, .40, 1.284], [1, .545001, .169783]), ([.2, .5, 1, .5, .2, .1], [1, .400001, .200001, .400001, 1, 1.2]), ([.5], [1]),
+    ([0, .3], [1, 3.3333e-6]), ([.3, 0], [1, 1.2]), ([0, 0], [1, 1]), ([.4, .1, .4], [1, 1.2, 1.0])])
+def test_step_weights(d, w):
+    assert sod.step_weights(d) == pytest.approx(w, rel=1e-4)
+
+
+def test_step_weights_with_other_caps():
+    assert sod.step_weights([.4, .2, .8], delta=.5) == pytest.approx([1, 1.5, .5000006], rel=1e-5)
+    assert sod.no_cap([.4, .1, .4], 3, .2) == pytest.approx([1, 3.99997, 1], rel=1e-5)
+
+
+def test_the_product_telescopes_and_has_no_memory():
+    rng = random.Random(0)
+    for _ in range(200):
+        d = [rng.random() * 10 ** rng.randint(-3, 1) for _ in range(rng.randint(1, 9))]
+        w = sod.step_weights(d)
+        assert w == pytest.approx([min((d[0] + 1e-6) / (x + 1e-6), 1.2) for x in d], rel=1e-9)
+        order = [0, *rng.sample(range(1, len(d) - 1), len(d) - 2), len(d) - 1] if len(d) > 2 else range(len(d))
+        assert sod.step_weights([d[i] for i in order]) == pytest.approx([w[i] for i in order], rel=1e-9)
+
+
+def test_ablation_weights():
+    d = [.1, .2, .3, .4, .5, .6]
+    assert sod.decay(d, 1, .2) == pytest.approx([1, 1, .9, .81, .729, .6561])
+    assert sod.mask_after_error(d, 1, .2) == [1, 1, 0, 0, 0, 0]
+    assert sod.decay(d, 6, .2) == sod.mask_after_error(d, 6, .2) == sod.uniform(d, 0, .2) == [1] * 6
+    assert sod.divergence_ratio([.7], 0, .2) == [1]  # one step: SOD is OPD
+
+
+def chain(tool_token=(-7., -.1), outcome=.5, ratio=1.0):
+    s = torch.tensor([[-.5, -1, tool_token[0], -.2, -2, -.7]])
+    q = torch.tensor([[-.7, -.6, tool_token[1], -1, -.8, -.7]])
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0]])
+    w = sod.token_weights(s, q, [[(0, 2), (3, 5)]], [["ok", "none"]], sod.divergence_ratio)
+    a = sod.sod_advantages(torch.tensor([outcome]), s, q, w, mask)
+    logps = s.clone()
+    logps[0, 0] += math.log(ratio)
+    logps.requires_grad_()
+    loss = common.policy_loss(logps, s, a, mask)
+    loss.backward()
+    return a[0].tolist(), w[0].tolist(), float(loss.detach()), logps.grad[0].tolist()
+
+
+@pytest.mark.parametrize("tool_token", [(-7., -.1), (3., -9.)])
+def test_whole_chain(tool_token):
+    """Two steps with a tool token between them, which must not matter at all."""
+    a, w, loss, gradient = chain(tool_token)
+    assert w == pytest.approx([1, 1, 0, .3, .3, 0], abs=1e-5)
+    assert a == pytest.approx([.3, .9, 0, .26, .86, 0], abs=1e-5)
+    assert loss == pytest.approx(-.58, abs=1e-5)
+    assert gradient == pytest.approx([-.075, -.225, 0, -.065, -.215, 0], abs=1e-5)  # -A m / N: nothing flows through w, d, q
+
+
+def test_the_clip_acts_on_the_sum():
+    _, _, loss, gradient = chain(ratio=1.5)
+    assert loss == pytest.approx(-.601, abs=1e-4) and gradient[0] == 0  # .3 * 1.28 instead of .3 * 1.5
+    assert gradient[1:] == pytest.approx([-.225, 0, -.065, -.215, 0], abs=1e-5)
+
+
+def test_reductions():
+    s, q, mask = torch.randn(2, 4), torch.randn(2, 4), torch.ones(2, 4)
+    outcome, w = torch.tensor([.5, -.5]), torch.rand(2, 4)
+    assert torch.equal(sod.sod_advantages(outcome, s, q, w, mask, 1, 0), outcome[:, None].expand(2, 4))  # GRPO
+    assert torch.allclose(sod.sod_advantages(outcome, s, q, torch.ones(2, 4), mask, 0, 1), q - s)        # OPD
+    assert not sod.sod_advantages(outcome, s.requires_grad_(), q, w, mask).requires_grad
+    assert torch.equal(sod.sod_advantages(outcome, s, s, w, mask), outcome[:, None].expand(2, 4))        # teacher = student
+
+
+def test_expected_gradient_is_that_of_the_reverse_kl():
+    student, teacher = torch.tensor([.3, -.2, .1], requires_grad=True), torch.tensor([1., 0., -1.])
+    log_p, log_q = student.log_softmax(0), teacher.log_softmax(0)
+    exact = (log_p.exp() * (log_p - log_q)).sum()
+    gradient, = torch.autograd.grad(exact, student, retain_graph=True)
+    assert float(exact.detach()) == pytest.approx(.254363, abs=1e-6)
+    assert gradient.tolist() == pytest.approx([-.302110, -.058195, .360305], abs=1e-6)
+    expected = 0  # over the three tokens that could be sampled, each as a rollout of length 1
+    for token in range(3):
+        s, q = log_p[token].view(1, 1), log_q[token].view(1, 1)
+        a = sod.sod_advantages(torch.zeros(1), s, q, torch.ones(1, 1), torch.ones(1, 1))
+        loss = common.policy_loss(s, s.detach(), a, torch.ones(1, 1))
+        expected = expected + log_p[token].exp().detach() * torch.autograd.grad(loss, student, retain_graph=True)[0]
+    assert torch.allclose(expected, gradient, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- the toy world
+@pytest.fixture(scope="module")
+def tok():
+    return sod.build_tokenizer()
+
+
+def test_a_call_costs_five_tokens_and_a_tool_message_three(tok):
+    call = sod.call_text("", "4+1")
+    assert len(common.encode(tok, call)) == 5 and len(common.tool_message_ids(tok, "5")) == 3
+    assert common.run_tools(common.TOOLS["calculator"], [common.parse_tool_call(call)]) == [("5", "ok")]
+
+
+def test_demonstrations_are_what_a_rollout_would_have_produced(tok):
+    rng = random.Random(0)
+    tool = sod.flaky(common.TOOLS["calculator"], .1, rng)
+    for _ in range(50):
+        task = common.chain_task(rng)
+        turns = sod.demonstrate(rng, task, sod.STUDENT, tool)
+        ids, mask = sod.conversation(tok, task, turns, tool)
+        assert len(common.step_spans(mask)) == len(turns) <= 8
+        text = tok.decode(ids, skip_special_tokens=False)
+        messages = [*task.messages]
+        for said, heard in turns:
+            messages += [{"role": "assistant", "content": said}, *([{"role": "tool", "content": heard}] if heard else [])]
+        whole = tok.apply_chat_template(messages, tools=[tool.schema], tokenize=False)
+        assert whole.startswith(text)
+        # Encoding the text again gives other ids: end-of-turn and the header after it would merge. Hence ids only.
+        assert len(turns) == 1 or ids != common.encode(tok, text)
+
+
+def test_clean_habits_always_succeed():
+    habits = {**sod.TEACHER, **dict.fromkeys(("malformed", "operand", "start", "skip", "copy"), 0)}
+    rng = random.Random(1)
+    tool = sod.flaky(common.TOOLS["calculator"], .1, rng)
+    for _ in range(100):
+        task = common.chain_task(rng)
+        turns = sod.demonstrate(rng, task, habits, tool, max_turns=99)
+        assert common.is_correct(turns[-1][0], task.answer)
+
+
+def test_oracle_follows_errors_and_recoveries():
+    task = common.Task([{"role": "user", "content": "Start with 4, work modulo 10: A+1, B*5. Put the last value in \\boxed{}."}], "5")
+    right_a, right_b = "OK, we get " + sod.call_text("A", "4+1"), "So, we do " + sod.call_text("B", "5*5")
+    turns = [right_a, right_a, sod.call_text("B", "5*6"), right_b, "\\boxed{5}"]
+    found = list(sod.oracle(task, turns, ["timeout", "ok", "ok", "ok", "none"]))
+    assert [(prefix, right) for prefix, right, _ in found] == [
+        ("clean", True), ("tool error", True), ("clean", False), ("silent error", True), ("clean", True)]
+
+
+# ------------------------------------------------------------------------------------------- the scripts
+SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "16", "--show_every", "0"]
+
+
+def run(folder, *flags):
+    sod.main(["--steps", "2", "--out", str(folder), *SMALL, *flags])
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("method", list(sod.METHODS))
+def test_every_method_runs(method, tmp_path):
+    summary = run(tmp_path / "run", "--method", method)
+    steps = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"eval"' not in line]
+    assert summary["method"] == method and len(steps) == (0 if method == "sft" else 2)
+    assert summary["accuracy_before"] == summary["accuracy_after"] or method != "sft"
+
+
+def test_resume_equals_never_stopped(tmp_path):
+    whole = run(tmp_path / "whole", "--save_every", "1", "--steps", "4")
+    run(tmp_path / "parts", "--save_every", "1")
+    parts = run(tmp_path / "parts", "--save_every", "1", "--steps", "4", "--resume")
+    assert whole["accuracy_after"] == parts["accuracy_after"]
+    read = [[{k: v for k, v in json.loads(line).items() if "seconds" not in k}
+             for line in (tmp_path / f / "metrics.jsonl").read_text().splitlines()] for f in ("whole", "parts")]
+    assert read[0] == read[1]
+
+
+def test_sod_learns(tmp_path):
+    summary = sod.train(common.parse(sod.Config, ["--steps", "25", "--eval_tasks", "150", "--show_every", "0",
+                                                  "--out", str(tmp_path / "run")]))
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
+
+
+def test_compare_cascade_and_explain(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sod.main(["--compare", "--seeds", "1", "--steps", "1", *SMALL])
+    out = capsys.readouterr().out
+    assert all(f"| {method} " in out for method in sod.METHODS)
+    sod.main(["--cascade", "--plot", "cascade.png"])
+    out = capsys.readouterr().out
+    assert "| silent error" in out and "steps per trajectory" in out and (tmp_path / "cascade.png").exists()
+    sod.main(["--explain"])
+    out = capsys.readouterr().out
+    assert " sampled " in out and " given" in out
+
+
+def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
+    other = common.build_tokenizer(["a phrase of its own"])
+    common.tiny_model(other, 0).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    assert "different tokenizers" in refused(sod.main, ["--teacher", str(tmp_path / "other"), "--out", str(tmp_path / "a"), *SMALL])
+    assert "different tokenizers" in refused(sod.main, ["--model", str(tmp_path / "other"), "--out", str(tmp_path / "b"), *SMALL])
+    assert "no file" in refused(sod.main, ["--data", "nothing.jsonl", "--out", str(tmp_path / "c")])
+    assert "timeout_rate" in refused(sod.main, ["--timeout_rate", "1.5"])
+    (tmp_path / "d.jsonl").write_text('{"question": "1+1", "answer": "2"}\n' * 3)
+    assert "chain only" in refused(sod.main, ["--cascade", "--data", str(tmp_path / "d.jsonl")])
+    assert not list(tmp_path.glob("*/summary.json"))
+
+
+def test_the_users_command(tmp_path):
+    """`python sod.py`, shrunk, as a process of its own; and real data through the python tool."""
+    run = [sys.executable, str(ROOT / "sod.py"), "--steps", "2", "--eval_tasks", "4", "--group_size", "2"]
+    result = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "eval before" in result.stdout and "step 2/2" in result.stdout and "wrote runs/sod-sod-s0/" in result.stdout
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"question": f"What is {i}+1?", "answer": f"#### {i + 1}"})
+                                                   for i in range(20)))
+    result = subprocess.run([*run, "--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real"],
+                            capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
