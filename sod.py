@@ -41,7 +41,7 @@ import json
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -67,7 +67,8 @@ class Config(common.Config):
     coefficient: float = option(1.0, "of the distillation advantage")
     timeout_rate: float | None = option(None, "share of tool calls that time out; not given = 0.1 on the chain, 0 elsewhere")
     teacher_knows_timeouts: bool = option(False, "the tiny teacher has seen time-outs and repeats the call")
-    compare: bool = option(False, "run every method on --seeds seeds and print one table")
+    compare: bool = option(False, "run --methods on --seeds seeds and print one table")
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "for --compare; not given = all"})
     seeds: int = option(3, "seeds for --compare: 0, 1, ...")
     cascade: bool = option(False, "print divergence, weight and teacher reliability by step, before any training")
     explain: bool = option(False, "print one rollout of the student token by token, before any training")
@@ -120,9 +121,15 @@ def mask_after_error(d, first_error, delta):
 
 # method: (weight of each step, coefficient of the GRPO advantage, coefficient of the distillation advantage)
 METHODS = {
-    "sod": (divergence_ratio, 1, 1), "sod_no_grpo": (divergence_ratio, 0, 1), "no_cap": (no_cap, 1, 1),
-    "decay": (decay, 1, 1), "mask_after_error": (mask_after_error, 1, 1),
-    "opd_grpo": (uniform, 1, 1), "opd": (uniform, 0, 1), "grpo": (uniform, 1, 0), "sft": (uniform, 0, 0),
+    "sft": (uniform, 0, 0),  # no training: the cold start itself
+    "grpo": (uniform, 1, 0),
+    "opd": (uniform, 0, 1),
+    "opd_grpo": (uniform, 1, 1),  # what the paper's main table calls OPD
+    "sod": (divergence_ratio, 1, 1),
+    "sod_no_grpo": (divergence_ratio, 0, 1),
+    "no_cap": (no_cap, 1, 1),
+    "decay": (decay, 1, 1),
+    "mask_after_error": (mask_after_error, 1, 1),
 }
 
 
@@ -343,14 +350,14 @@ def compare(config: Config) -> None:
     """Every method from the same start, with the same prompts; mean and spread over seeds."""
     root, results = Path(config.out or "runs/sod-compare"), {}
     for seed in range(config.seeds):
-        for method in ("sft", "grpo", "opd", "opd_grpo", "sod", "sod_no_grpo", "no_cap", "decay", "mask_after_error"):
+        for method in config.methods:
             one = dataclasses.replace(config, method=method, seed=seed, out=str(root / f"{method}-s{seed}"), plot=[],
                                       fresh=config.fresh and not results, show_every=0)
             results.setdefault(method, []).append(train(one))
     rows = [[method, *(common.mean_spread([r[key] for r in runs])
                        for key in ("accuracy_after", "accuracy_best", "greedy_after", "seconds_per_step"))]
             for method, runs in results.items()]
-    start = results["sft"][0]
+    start = next(iter(results.values()))[0]
     print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; time-outs "
           f"{config.timeout_rate}, teacher {'knows' if config.teacher_knows_timeouts else 'has never seen'} them; mean ± standard "
           f"deviation over {config.seeds} seeds; standard error of one accuracy about {start['se']:.3f}")
@@ -494,6 +501,8 @@ def main(argv=None) -> None:
     config = common.parse(Config, argv)
     if config.timeout_rate > 1:
         common.fail(f"--timeout_rate {config.timeout_rate} is no share of the calls; give a number from 0 to 1")
+    if unknown := set(config.methods) - set(METHODS):
+        common.fail(f"--methods {' '.join(sorted(unknown))}: unknown; choose from {', '.join(METHODS)}")
     if config.cascade:
         cascade(config)
     elif config.explain:

@@ -138,7 +138,7 @@ def test_demonstrations_are_what_a_rollout_would_have_produced(tok):
         messages = [*task.messages]
         for said, heard in turns:
             messages += [{"role": "assistant", "content": said}, *([{"role": "tool", "content": heard}] if heard else [])]
-        whole = tok.apply_chat_template(messages, tools=[tool.schema], tokenize=False)
+        whole = tok.apply_chat_template(messages, tools=[tool.schema], tokenize=False, add_generation_prompt=True)
         assert whole.startswith(text)
         # Encoding the text again gives other ids: end-of-turn and the header after it would merge. Hence ids only.
         assert len(turns) == 1 or ids != common.encode(tok, text)
@@ -230,6 +230,7 @@ def test_the_users_command(tmp_path):
     assert "eval before" in result.stdout and "step 2/2" in result.stdout and "wrote runs/sod-sod-s0/" in result.stdout
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"question": f"What is {i}+1?", "answer": f"#### {i + 1}"})
                                                    for i in range(20)))
-    result = subprocess.run([*run, "--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real"],
+    result = subprocess.run([*run, "--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real",
+                             "--timeout_rate", "0.1"],  # the same rate, hence the same tiny models, as above
                             capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
