@@ -553,7 +553,7 @@ def encode(tok, text: str, **how) -> list[int]:
 def prompt_ids(tok, messages: list[dict], tool: Tool | None = None, thinking: bool = False) -> list[int]:
     """Chat messages -> ids up to where the assistant begins. If the template ignores tools, a system message tells."""
     text = render(tok, messages, [tool.schema] if tool else None, thinking)
-    if tool and tool.name not in text:
+    if tool and tool.description not in text:
         note = (f"You can call this tool:\n{json.dumps(tool.schema)}\nTo call it, end your turn with <tool_call>"
                 f'{{"name": "{tool.name}", "arguments": {{"{tool.parameter}": "..."}}}}</tool_call>.')
         own = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
