@@ -235,6 +235,7 @@ def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             ramp.step()
+        optimizer.zero_grad()  # or the last gradient would leak into the first step of what comes after the fit
 
     digest = hashlib.sha256(json.dumps(docs).encode()).hexdigest()
     return cached(model, ["fit", digest, steps, batch, lr, seed], build, fresh)
