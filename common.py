@@ -230,12 +230,11 @@ def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e
             mask = padded([docs[i][1] for i in rows], 0)                            # (B, T)
             # Right padding needs no attention mask under causal attention: no real token can look at a pad.
             loss = -token_logps(model, ids, None, mask).sum() / mask.sum()
-            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            optimizer.zero_grad()  # after the step: the last gradient must not leak into the training that follows
             ramp.step()
-        optimizer.zero_grad()  # or the last gradient would leak into the first step of what comes after the fit
 
     digest = hashlib.sha256(json.dumps(docs).encode()).hexdigest()
     return cached(model, ["fit", digest, steps, batch, lr, seed], build, fresh)

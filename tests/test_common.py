@@ -486,6 +486,7 @@ def fitted(tok, **how):
 def test_cache_hit_damage_and_fresh(tok, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = fitted(tok)
+    assert all(p.grad is None for p in first.parameters())  # nothing may leak into the training that follows
     path, = (tmp_path / "four-papers").iterdir()
     stamp = path.stat().st_mtime_ns
     second = fitted(tok)
