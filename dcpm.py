@@ -1,0 +1,1400 @@
+import argparse
+import ast
+import copy
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+
+# ------------------------------------------------------------------ words, tokens, dates
+STOP = frozenset("""a an the and or but if so of in on at to for from by with as is am are was were be been being do does did
+    done has had will would can could should i me my mine myself you your we our us he him his she her it its they them
+    their this that these those there here what which who whom when where why how not no yes too very just also still now
+    again really quite lot then than about into out up down over all any some more most other own same s t re ve ll d m
+    currently recently always usually often actually finally since because""".split())
+QUALIFIER = re.compile(r"\b(especially|only|mostly|mainly|particularly|on weekends)\b", re.I)
+MONTHS = {m[:3]: i for i, m in enumerate("january february march april may june july august september october november "
+                                         "december".split(), 1)}
+WEEKDAYS = {d: i for i, d in enumerate("monday tuesday wednesday thursday friday saturday sunday".split())}
+NUMBERS = {n: i for i, n in enumerate("zero one two three four five six seven eight nine ten".split())} | {
+    "a": 1, "an": 1, "a few": 3, "a couple of": 2}
+_MONTH = (r"(?:january|february|march|april|may|june|july|august|september|october|november|december"
+          r"|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)\b\.?")
+DATE = re.compile(rf"""\b(?:(?P<iso>\d{{4}}-\d\d-\d\d)|(?P<d1>\d{{1,2}})(?:st|nd|rd|th)?\ (?:of\ )?(?P<m1>{_MONTH})(?:,?\ (?P<y1>\d{{4}}))?
+    |(?P<m2>{_MONTH})\ (?P<d2>\d{{1,2}})(?:st|nd|rd|th)?\b(?:,?\ (?P<y2>\d{{4}}))?|(?:in\ |since\ |last\ )?(?P<m3>{_MONTH}),?\ (?P<y3>\d{{4}})
+    |(?:in|since|last|next)\ (?P<m4>{_MONTH})|(?:back\ )?(?:in|since|of)\ (?P<y4>(?:19|20)\d\d)
+    |(?P<day>today|tonight|tomorrow|yesterday)|(?P<ago>\d+|a\ few|a\ couple\ of|an?|one|two|three|four|five|six|seven|eight|nine|ten)
+    \ (?P<unit>day|week|month|year)s?\ ago|(?P<rel>last|next|this)\ (?P<what>week|weekend|month|year|{'|'.join(WEEKDAYS)}))\b""",
+                  re.I | re.X)
+
+
+@functools.lru_cache(maxsize=100_000)
+def stem(word):
+    """A crude suffix stripper: walks, walked, walking -> walk. Wrong now and then, but equally for question and text."""
+    for suffix in ("'s", "ings", "ing", "ies", "ied", "ed", "es", "ly", "s"):
+        if word.endswith(suffix) and len(word) - len(suffix) >= 3 and not word.endswith("ss"):
+            word = word[:-len(suffix)] + ("y" if suffix in ("ies", "ied") else "")
+            break
+    if len(word) > 4 and word[-1] == word[-2] and word[-1] in "bdgmnprt":  # running -> runn -> run
+        word = word[:-1]
+    return word[:-1] if len(word) > 3 and word.endswith("e") else word
+
+
+def words(text):
+    """Stemmed content words of a text, in order."""
+    return [stem(w) for w in re.findall(r"[a-z0-9]+(?:'s)?", text.lower().replace("’", "'")) if w not in STOP]
+
+
+def key(text):
+    """Two values are the same value iff their keys are equal: case, articles, endings and dates do not count."""
+    return " ".join(words(DATE.sub(" ", text)))
+
+
+def count_tokens(text):
+    """The counter behind every budget: one per word, number or punctuation mark (no tokenizer is needed offline)."""
+    return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+def digest(*parts):
+    """Eight hex digits, the same on every machine (`hash()` of a string is not)."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:8]
+
+
+def days_between(earlier, later):
+    return (date.fromisoformat(later[:10]) - date.fromisoformat(earlier[:10])).days
+
+
+def date_window(text, today):
+    """First time expression of `text` -> (first day, last day) as ISO strings, or None.
+
+    Always resolved against `today`, the date of the *conversation*: against the wall clock old dialogues silently rot.
+    """
+    match = DATE.search(text)
+    if not match:
+        return None
+    g, now = match.groupdict(), date.fromisoformat(today[:10])
+    number = next((n for n in (1, 2, 3, 4) if g.get(f"m{n}") or g.get(f"y{n}")), None)
+    try:
+        if g["iso"]:
+            start = end = date.fromisoformat(g["iso"])
+        elif number:
+            month, day, year = (g.get(f"{k}{number}") for k in "mdy")
+            month = MONTHS[month[:3].lower()] if month else None
+            if not year:  # no year said: the nearest such month to the conversation
+                year = min((now.year + k for k in (-1, 0, 1)), key=lambda y: abs((date(y, month, int(day or 15)) - now).days))
+            year = int(year)
+            start = date(year, month or 1, int(day or 1))
+            end = start if day else date(year + (month or 12) // 12, (month or 12) % 12 + 1, 1) - timedelta(1)
+        elif g["day"]:
+            start = end = now + timedelta({"yesterday": -1, "tomorrow": 1}.get(g["day"].lower(), 0))
+        elif g["ago"]:
+            n = NUMBERS.get(g["ago"].lower()) or int(g["ago"])
+            start = now - timedelta(n * {"day": 1, "week": 7, "month": 30, "year": 365}[g["unit"].lower()])
+            end = start
+        else:
+            start, end = _relative(g["rel"].lower(), g["what"].lower(), now)
+    except (ValueError, OverflowError):  # 31 June, year 0: not a date after all
+        return None
+    return start.isoformat(), end.isoformat()
+
+
+def _relative(rel, what, now):
+    """last / this / next  week, weekend, month, year or weekday."""
+    step = {"last": -1, "this": 0, "next": 1}[rel]
+    if what == "year":
+        return date(now.year + step, 1, 1), date(now.year + step, 12, 31)
+    if what == "month":
+        first = (now.replace(day=15) + timedelta(30 * step)).replace(day=1)
+        return first, (first + timedelta(31)).replace(day=1) - timedelta(1)
+    monday = now - timedelta(now.weekday())
+    if what in WEEKDAYS:
+        gap = (WEEKDAYS[what] - now.weekday()) % 7
+        day = now + timedelta((gap or 7) if step == 1 else gap if step == 0 else gap - 7)
+        return day, day
+    monday += timedelta(7 * step)
+    return (monday + timedelta(5), monday + timedelta(6)) if what == "weekend" else (monday, monday + timedelta(6))
+
+
+# ------------------------------------------------------------------ records
+@dataclass
+class Turn:
+    """One message, verbatim, append-only. `t` is the conversation's ISO date or date-time."""
+    id: str
+    session: str
+    speaker: str  # "user", "assistant" or a person's name
+    text: str
+    t: str
+
+
+@dataclass
+class Claim:
+    """What an extractor read in a turn: not yet a belief. `attribute` "?" = whichever live chain has this member."""
+    attribute: str
+    value: str
+    text: str
+    span: tuple  # (start, end) in the turn's text
+    subject: str = "user"
+    polarity: int = 1  # +1 holds, -1 no longer / dislikes, 0 unknown (taken back, nothing in its place)
+    layer: str = "fact"  # or "identity": preferences, attitudes, values, habits
+    t_event: str = ""
+    reliability: float = 0.9  # 0.9 said outright, 0.6 hedged, 0.5 inferred, 0.4 reported by another
+    until: str = ""  # last day of a plan
+    detail: bool = False  # carries a qualifier ("mostly jazz")
+
+
+@dataclass
+class Belief:
+    """A claim that entered the store. `prev`/`next` make the doubly linked chain of its slot."""
+    id: str
+    layer: str
+    slot: tuple  # (subject, attribute, member): the dimension on which two claims exclude each other
+    value: str
+    polarity: int
+    text: str
+    t_event: str  # when it became true
+    t_seen: str  # when the memory learnt it; monotone. Two clocks = bi-temporal
+    sources: list  # [(turn id, start, end, reliability)], never empty, only grows
+    domain: str = ""
+    tags: list = field(default_factory=list)  # behaviour poles this belief shows
+    until: str = ""
+    reason: str = ""
+    prev: str = None
+    next: str = None
+    link_kind: str = None  # "supersede" or "refine": why `prev` exists
+    confidence: float = 0.0
+    status: str = "active"  # active <=> next is None and not suppressed; else superseded or suppressed
+
+
+@dataclass
+class Schema:
+    """One behavioural regularity inside one domain. The text never changes; evidence is what changes."""
+    id: str
+    subject: str
+    domain: str
+    behaviour: str  # the abstraction: what is left when the domain's nouns are stripped
+    text: str
+    created: str
+    vector: dict = field(default_factory=dict)  # behaviour vector: feature -> weight
+    evidence: list = field(default_factory=list)  # belief ids ever cited (suppressed ones are taken out)
+    live: list = field(default_factory=list)  # of those, the active ones at the last sleep
+    confidence: float = 0.0
+    status: str = "forming"  # forming, stable, contested, dormant
+    prev: str = None
+    next: str = None
+
+
+@dataclass
+class Core:
+    """A regularity behind schemas of different domains: alike in behaviour, unlike in content."""
+    id: str
+    subject: str
+    behaviour: str
+    text: str
+    created: str
+    members: list = field(default_factory=list)  # schema ids, only grows
+    evidence: list = field(default_factory=list)  # union of the members' evidence
+    confidence: float = 0.0
+    status: str = "stable"  # stable or dormant
+
+
+@dataclass
+class Intention:
+    """One future action with an end. Wishes and values are not intentions."""
+    id: str
+    text: str
+    until: str
+    evidence: list
+    status: str = "open"  # open, expired, withdrawn
+
+
+@dataclass
+class Event:
+    """One line of the audit log. The log *is* the memory: replaying it into an empty store gives the same store."""
+    seq: int
+    op: str
+    ids: list
+    turn: str
+    reason: str
+    data: dict
+
+
+class MemoryError_(Exception):
+    """A write that would break an invariant, or a file that cannot be read; nothing has been changed."""
+
+
+# ------------------------------------------------------------------ store: the only place that sets links
+class Index:
+    """BM25 over an inverted index that grows document by document (a refit at every write would be quadratic)."""
+
+    def __init__(self):
+        self.keys, self.lengths, self.postings = [], array("d"), {}
+
+    def add(self, doc, tokens):
+        for token, count in Counter(tokens).items():
+            docs, counts = self.postings.setdefault(token, (array("l"), array("d")))
+            docs.append(len(self.keys))
+            counts.append(count)
+        self.keys.append(doc)
+        self.lengths.append(len(tokens))
+
+    def scores(self, weights, k1=1.2, b=0.75):
+        """{query token: weight} -> one BM25 score per document, shape (documents,)."""
+        n, out = len(self.keys), np.zeros(len(self.keys))
+        if not n:
+            return out
+        lengths = np.array(self.lengths)
+        norm = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))
+        for token, weight in weights.items():
+            if token in self.postings:
+                docs, counts = (np.array(a) for a in self.postings[token])
+                idf = math.log(1 + (n - len(docs) + 0.5) / (len(docs) + 0.5))
+                out[docs] += weight * idf * counts * (k1 + 1) / (counts + norm[docs])
+        return out
+
+
+class Store:
+    """All records of one user. Every change is one event through `commit`: checked first, then applied as a whole."""
+
+    def __init__(self, user="user"):
+        self.user, self.log, self.clock = user, [], ""  # clock: the latest turn's time; nothing reads the wall clock
+        self.turns, self.beliefs, self.heads = {}, {}, {}
+        self.schemas, self.cores, self.intentions = {}, {}, {}
+        self.hidden = set()  # turns that must not be shown: they say what was asked to be forgotten
+        self.of_turn = defaultdict(list)  # turn id -> ids of beliefs that cite it
+        self.members = defaultdict(list)  # (subject, attribute) -> slots, in order of arrival
+        self.speakers = []  # people who speak here (not the assistant): the ones System2 may generalise about
+        self.turn_index, self.belief_index = Index(), Index()
+        self.columns = {"session": array("l"), "speaker": array("l"), "day": array("l")}  # of turns, for the reader
+        self.session_codes = {}
+
+    def new_id(self, letter, *parts):
+        """b17 for beliefs and turns (never reused); a hash for what System2 finds: same finding, same id."""
+        prefix = "" if self.user == "user" else self.user + "/"
+        return prefix + letter + (digest(*parts) if parts else str(len(self.turns if letter == "t" else self.beliefs) + 1))
+
+    def commit(self, op, ids=(), said="", reason="", **data):
+        event = Event(len(self.log) + 1, op, list(ids), said, reason, data)
+        self.apply(event)
+        self.log.append(event)
+        return event
+
+    def apply(self, event):
+        """Apply one event. Raises MemoryError_ before anything has changed."""
+        data = event.data
+        if event.op == "RAW":
+            turn = Turn(**data["turn"])
+            if turn.id in self.turns:
+                raise MemoryError_(f"turn {turn.id} exists already; turns are append-only")
+            self.turns[turn.id] = turn
+            self.clock = max(self.clock, turn.t)
+            self.turn_index.add(turn.id, words(turn.text))
+            if turn.speaker != "assistant" and turn.speaker not in self.speakers:
+                self.speakers.append(turn.speaker)
+            self.columns["session"].append(self.session_codes.setdefault(turn.session, len(self.session_codes)))
+            self.columns["speaker"].append(self.speakers.index(turn.speaker) if turn.speaker in self.speakers else -1)
+            self.columns["day"].append(date.fromisoformat(turn.t[:10]).toordinal())
+        elif event.op == "CONFIRM":
+            belief = self.beliefs[event.ids[0]]
+            belief.sources.append(tuple(data["source"]))
+            belief.t_event = data.get("t_event", belief.t_event)
+            self._after_source(belief, event.turn)
+        elif event.op == "SUPPRESS":
+            for id_ in event.ids:
+                self.beliefs[id_].status = "suppressed"
+                self.hidden.update(source[0] for source in self.beliefs[id_].sources)
+            self.hidden.update(data["hide"])
+        elif event.op == "SLEEP":
+            for kind, cls in (("schemas", Schema), ("cores", Core), ("intentions", Intention)):
+                getattr(self, kind).update({n["id"]: cls(**copy.deepcopy(n)) for n in data.get(kind, [])})
+        elif event.op == "FAILED":
+            pass  # a model call that gave nothing usable: the raw turn is kept, the failure is on record
+        else:  # ADD, SUPERSEDE, REFINE, RETRACT, SPLICE
+            self._insert(Belief(**copy.deepcopy(data["belief"])), data.get("prev"), data.get("next"), data.get("kind"))
+
+    def _insert(self, belief, prev, next, kind):
+        """Put `belief` between its neighbours: all four links or none, and only where no second head can appear."""
+        belief.slot, belief.sources = tuple(belief.slot), [tuple(s) for s in belief.sources]
+        before, after = self.beliefs.get(prev), self.beliefs.get(next)
+        fits = before.next == next if before else after.prev is None if after else belief.slot not in self.heads
+        if not fits or belief.id in self.beliefs:
+            raise MemoryError_(f"{belief.id} would fork the chain of {belief.slot}; read the head again and retry")
+        belief.prev, belief.next, belief.link_kind = prev, next, kind if before else None
+        if before:
+            before.next = belief.id
+            before.status = "superseded" if before.status == "active" else before.status
+        if after:
+            after.prev, after.link_kind, belief.status = belief.id, "supersede", "superseded"
+        else:
+            self.heads[belief.slot] = belief.id
+        if not before and not after:
+            self.members[belief.slot[:2]].append(belief.slot)
+        self.beliefs[belief.id] = belief
+        self.belief_index.add(belief.id, words(f"{belief.slot[1]} {belief.value} {belief.text}"))
+        self._after_source(belief, belief.sources[-1][0])
+
+    def _after_source(self, belief, turn):
+        """Confidence = 1 - prod(1 - reliability) over distinct sessions: repeating oneself in one sitting adds nothing."""
+        best = {}
+        for source, _, _, reliability in belief.sources:
+            session = self.turns[source].session
+            best[session] = max(best.get(session, 0), reliability)
+        belief.confidence = round(min(0.99, 1 - math.prod(1 - r for r in best.values())), 4)
+        self.of_turn[turn].append(belief.id)
+        if belief.status == "suppressed":  # told again after "forget that": it stays forgotten, and so does this turn
+            self.hidden.add(turn)
+
+    def chain(self, slot):
+        """Beliefs of a slot, oldest first."""
+        out, id_ = [], self.heads.get(tuple(slot))
+        while id_:
+            out.append(self.beliefs[id_])
+            id_ = out[-1].prev
+        return out[::-1]
+
+    def head(self, slot):
+        return self.beliefs.get(self.heads.get(tuple(slot)))
+
+    def sessions(self, ids):
+        return {self.turns[s[0]].session for i in ids for s in self.beliefs[i].sources}
+
+
+# ------------------------------------------------------------------ behaviour lexicon and domains
+# Frozen together with the frames below before the test phrases were written; LEXICON_HASH is logged with every result.
+POLES = {  # pole -> (opposite, gloss, cues); a cue is a stemmed word or phrase
+    "plans": ("improvises", "plans ahead and prepares in detail",
+              "checklist|list|schedule|itinerary|spreadsheet|in advance|weeks ahead|timetable|plan ahead|mapped out|"
+              "draw up|drew up|prepare|outline|agenda|ahead of time|step by step"),
+    "improvises": ("plans", "improvises and decides on the spot",
+                   "on a whim|spontaneous|last minute|spur of the moment|improvise|made it up|without a plan|wing it|"
+                   "winged it|on the fly|see what happen|no idea beforehand|unplanned"),
+    "saves": ("spends", "saves money and looks for the cheaper way",
+              "cheap|cheaper|discount|second hand|coupon|bargain|on sale|budget|for free|haggle|borrow|save money|thrifty"),
+    "spends": ("saves", "spends freely and takes the best there is",
+               "splurge|expensive|luxury|premium|top of the range|first class|treat myself|pay extra|paid extra|"
+               "priciest|regardless of price|deluxe"),
+    "alone": ("together", "likes to do things alone",
+              "alone|by myself|on my own|solo|solitude|in peace|quiet corner|nobody around|without company"),
+    "together": ("alone", "likes to do things with other people",
+                 "together|with friend|group|invite|crowd|company of|whole gang|team up|teamed up|everyone|joined by"),
+    "careful": ("daring", "is careful and avoids risk",
+                "careful|double check|safe|insurance|backup|spare|read the warning|just in case|cautious|helmet|twice before"),
+    "daring": ("careful", "is daring and takes risks",
+               "risk|dare|without looking|deep end|gamble|threw caution|bold|thrill|adrenaline|dangerous|reckless|edge"),
+    "routine": ("novelty", "sticks to what is familiar",
+                "same as always|usual|the same|routine|habit|as ever|familiar|every time|tradition|old favourite|as before"),
+    "novelty": ("routine", "looks for what is new",
+                "never tried|new kind|first time|experiment|exotic|something different|novel|curious|unknown|unusual|untested"),
+    "makes": ("buys", "makes things by hand",
+              "from scratch|by hand|built|homemade|handmade|sewed|carved|diy|made my own|workshop|knitted|glued"),
+    "buys": ("makes", "buys things ready-made",
+             "ready made|bought|store|order online|ordered|delivery|off the shelf|from the shop|prepackaged|catalogue|hired"),
+    "exact": ("rough", "is exact and measures",
+              "exact|measure|precise|to the gram|to the minute|ruler|scale|stopwatch|decimal|count every|calibrate"),
+    "rough": ("exact", "goes by feel, roughly",
+              "roughly|by feel|eyeball|more or less|guess|approximate|give or take|ballpark|by eye|rule of thumb"),
+    "paper": ("digital", "prefers paper", "paper|notebook|printed|pencil|handwritten|ink|sticky note|index card|fountain pen"),
+    "digital": ("paper", "prefers digital tools", "app|spreadsheet app|tablet|online tool|cloud|software|phone reminder|digital"),
+}
+DOMAINS = {
+    "cooking": "cook dinner bake cake stew kitchen meal recipe lunch soup roast pasta",
+    "travel": "trip flight train travel journey hotel holiday vacation airport ferry",
+    "work": "work report office meeting presentation client deadline project colleague conference",
+    "garden": "garden flower bed seed tomato lawn hedge rose compost greenhouse",
+    "sport": "run marathon gym race hike swim workout climb training",
+    "home": "flat apartment kitchenette shelf shelves wall furniture bedroom repair bathroom",
+    "music": "guitar concert song piano choir record band gig melody",
+    "study": "exam course class lecture essay thesis study homework seminar",
+    "party": "birthday party wedding celebration anniversary picnic reunion",
+    "gifts": "gift present gifts presents wrapping",
+    "pets": "dog puppy cat kitten vet leash aquarium",  # the last two occur in the test bank only
+    "photo": "photo camera portrait lens album darkroom",
+}
+CUES = [(f" {' '.join(map(stem, cue.split()))} ", pole) for pole, (_, _, cues) in POLES.items() for cue in cues.split("|")]
+NOUNS = {stem(noun): domain for domain, nouns in DOMAINS.items() for noun in nouns.split()}
+
+
+def poles_of(text):
+    """Behaviour poles that a text shows, by lexicon."""
+    padded = " " + " ".join(map(stem, re.findall(r"[a-z0-9]+", text.lower()))) + " "
+    return sorted({pole for cue, pole in CUES if cue in padded})
+
+
+def domain_of(text):
+    """The domain most of the text's nouns belong to; "" if none."""
+    hits = Counter(NOUNS[w] for w in words(text) if w in NOUNS)
+    return max(sorted(hits), key=hits.get) if hits else ""
+
+
+# ------------------------------------------------------------------ rule extractor
+SINGLE = {"residence", "employer", "occupation", "name", "age", "partner", "diet", "birthday"}  # and favourite X
+PROPER = {"residence", "employer", "partner", "name"}
+RELATIVES = ("sister|brother|mother|mom|mum|father|dad|wife|husband|partner|girlfriend|boyfriend|son|daughter|friend|cousin|"
+             "aunt|uncle|neighbour|neighbor|colleague|boss|roommate|grandmother|grandfather|best friend")
+_BE, _HAVE = "(?:am|is|are|was)", "(?:have|has|had)"
+FRAMES = [(a, p, layer, re.compile(rf"^{pattern}[\s.!]*$", re.I)) for a, p, layer, pattern in (
+    # attribute, polarity, layer, predicate after the subject; group v is the value
+    ("residence", 1, "fact", r"(?:live[sd]?|living|reside[sd]?|stay|settled|based) (?:over )?in (?P<v>.+)"),
+    ("residence", 1, "fact", rf"{_BE} (?:(?:back|living|settled|based|at home) )+in (?P<v>[A-Z].+)"),
+    ("residence", 1, "fact", rf"(?:{_HAVE} )?(?:moved|moving|relocated|returned) (?:back |house )?to (?P<v>.+)"),
+    ("residence", -1, "fact", r"moved (?:away from|out of) (?P<v>.+)"),
+    ("employer", 1, "fact", rf"(?:{_BE} )?work(?:s|ed|ing)? (?:at|for) (?P<v>.+)"),
+    ("employer", 1, "fact", r"(?:joined|started (?:working )?(?:at|for)|switched (?:jobs )?to|got (?:a job at|hired by)) (?P<v>.+)"),
+    ("employer", 0, "fact", r"(?:(?:have|has) (?P<v>a|my|no) job|(?:quit|lost|left) (?:my|his|her|the) job.*|got laid off.*)"),
+    ("occupation", 1, "fact", rf"(?:work(?:s|ing)? as|became|{_BE} training as) an? (?P<v>.+)"),
+    ("occupation", 1, "fact", rf"{_BE} an? (?P<v>(?:\w+ )?(?:\w+(?:eer|ist|ician|ian|cher|tor|yer|ter|ner|ver|ger)|nurse|cook|chef))"),
+    ("name", 1, "fact", rf"{_BE} called (?P<v>.+)"),
+    ("age", 1, "fact", rf"(?:{_BE}|turned) (?P<v>\d{{1,3}})(?: years old)?"),
+    ("partner", 1, "fact", rf"(?:{_BE} (?:dating|engaged to|married to)|married) (?P<v>.+)"),
+    ("partner", 0, "fact", r"(?:got divorced|broke up|separated)(?P<v>).*"),
+    ("diet", 1, "identity", rf"(?:{_BE}|became|went|turned) (?:an? )?(?P<v>vegan|vegetarian|pescatarian|gluten-free|keto)"),
+    ("condition", 1, "fact", rf"(?:{_HAVE}|suffer from|get|was diagnosed with) (?P<v>(?:\w+ )?(?:migraines?|asthma|diabetes|"
+                             r"insomnia|arthritis|allerg\w+|anxiety|depression|eczema|adhd))"),
+    ("possession", 1, "fact", rf"(?:{_HAVE}(?: got)?|own|owns|bought|got|adopted) (?:an?|my own|two|three) (?P<v>.+)"),
+    ("possession", -1, "fact", r"(?:sold|lost|gave away|got rid of|donated) (?:my|the|our|his|her) (?P<v>.+)"),
+    ("hobby", 1, "fact", r"(?:play|plays|played|playing) (?P<v>.+)"),
+    ("hobby", 1, "fact", r"(?:took up|take up|have taken up|picked up|started|got into|do|practi[sc]e|am learning) (?P<v>\w+ing\b.*|"
+                         r"yoga|karate|chess|judo|pilates|ballet|pottery|the \w+|\w+ lessons)"),
+    ("likes", 1, "identity", rf"(?:like|love|enjoy|adore|prefer)s? (?P<v>.+)|{_BE} (?:fond of|into|a (?:big )?fan of) (?P<w>.+)"),
+    ("likes", -1, "identity", rf"(?:dislike|hate|loathe|cannot stand)s? (?P<v>.+)|{_BE} (?:tired|sick) of (?P<w>.+)"),
+    ("?", -1, "fact", rf"(?:{_HAVE} )?(?:given up|gave up|quit|stopped|dropped|went off) (?P<v>.+)"),
+    ("?", 1, "fact", rf"(?:{_BE} \w+ing|{_BE} back (?:on|to|at|into)|resumed|took up|returned to|started) (?P<v>.+?) again"),
+    ("?", 1, "fact", rf"(?:{_BE} back (?:on|to|at|into)|resumed|went back to) (?P<v>.+)"),
+    ("cancel", -1, "fact", r"(?:cancelled|canceled|called off|dropped the plan to) (?P<v>.+)"),
+    ("habit", 1, "identity", r"(?:always|usually|often|never|regularly|tend to|every \w+) (?P<v>.+)"),
+    ("opinion", 1, "identity", r"(?:think|believe|feel|find) (?:that )?(?P<v>.+)"),
+)]
+FUTURE = re.compile(rf"^(?:{_BE} going to|will|plan to|{_BE} planning to|need to|{_HAVE} to|{_BE}|{_HAVE}|hope to) (?P<v>.+)$", re.I)
+NEGATOR = re.compile(rf"^(?:used to|no longer|{_BE} no longer|(?:do|does) not|never|(?:{_HAVE} )?stopped|not)\s+", re.I)
+FIRST = re.compile(rf"^(?P<lead>.{{0,40}}?)\b(?:(?P<i>I)|[Mm]y (?P<rel>{RELATIVES}))\s+(?P<rest>.+)$", re.S)
+NAMED = re.compile(r"^(?P<rel>[A-Z][a-z]+) (?P<rest>(?:lives|moved|works|joined|got|has) .+)$", re.S)
+MY = re.compile(r"^(?:.{0,20}\b)?[Mm]y (?P<a>name|age|birthday|favou?rite [\w ]+?) is (?P<v>.+)$", re.S)
+HEDGE = re.compile(r"\b(maybe|might|perhaps|possibly|thinking (?:of|about)|considering|not sure)\b", re.I)
+HYPOTHESIS = re.compile(r"\b(if|would|wish|imagine|suppose|unless|as if|hope)\b", re.I)
+FORGET = re.compile(r"\b(?:forget|delete|erase|do not remember|don't remember)\b (?:about |that |the fact that |what I said about )?(.+)", re.I)
+ADVERB = re.compile(r"^(?:still|now|also|just|really|currently|recently|actually|finally|even|totally|absolutely) ", re.I)
+SHORT = [(r"\bI'm\b", "I am"), (r"\bI've\b", "I have"), (r"\bI'll\b", "I will"), (r"\bI'd\b", "I would"), (r"n't\b", " not"),
+         (r"\bca not\b", "cannot"), (r"\b(she|he|it|that)'s\b", r"\1 is")]
+
+
+def clauses(text):
+    """(start, end, clause, is_question) of every clause; quoted speech is blanked out, offsets stay those of the turn."""
+    text = re.sub(r'"[^"]*"|“[^”]*”', lambda m: " " * len(m.group()), text)
+    for sentence in re.finditer(r"[^.!?\n]+(?:[.](?=\w)[^.!?\n]*)*[.!?]*", text):
+        question, start = "?" in sentence.group()[-3:], sentence.start()
+        for piece in re.split(r"(;|, but |\bbut (?=I\b|my\b)|,? and (?=I\b|my\b)|, then (?=I\b))", sentence.group()):
+            lead = len(piece) - len(piece.lstrip())
+            body = piece.strip(" .,;!")
+            if len(words(body)) > 0:
+                yield start + lead, start + lead + len(body), body, question
+            start += len(piece)
+
+
+def tidy(value, attribute):
+    """Cut what is not the value: dates, reasons, qualifiers, articles."""
+    if attribute in PROPER and (name := re.search(r"\b[A-Z][\w'&-]*(?: [A-Z][\w'&-]*)*", value)):
+        return name.group()
+    value = re.split(r",| because | since | so that |\b(?:mostly|especially|mainly|only|particularly)\b| on weekends", DATE.sub("|", value))[0]
+    value = value.split("|")[0] if value.split("|")[0].strip() else value.replace("|", " ")
+    value = re.sub(r"\b(?:anymore|any more|again|too|as well|now|these days|a lot|very much|on|in)\s*$", "", value.strip(" .!,"))
+    return re.sub(r"^(?:the|an?|my|some|to) ", "", value.strip(), flags=re.I)[:80]
+
+
+def extract_rules(turn):
+    """Turn -> (claims, phrases to forget, clauses read, clauses that hit a frame). Assistants make no claims."""
+    claims, forget, read, framed = [], [], 0, 0
+    if turn.speaker == "assistant":
+        return claims, forget, read, framed
+    me = turn.speaker
+    for start, end, body, question in clauses(turn.text):
+        body = body.replace("’", "'")
+        if found := FORGET.search(body):
+            if not question or re.match(r"(?:can|could|will|would|please)", body, re.I):
+                forget.append(found.group(1))
+                continue
+        for pattern, full in SHORT:
+            body = re.sub(pattern, full, body)
+        if question:
+            continue
+        claim = _read_clause(body, me, turn.t)
+        if claim:
+            read += 1
+            framed += claim.attribute not in ("event", "maybe")
+            claim.span, claim.text = (start, end), turn.text[start:end]
+            claims.append(claim)
+    return claims, forget, read, framed
+
+
+def _read_clause(body, me, t):
+    """One clause -> Claim or None (no subject we know, or only a hypothesis)."""
+    window = date_window(body, t)
+    past = window[0] if window and window[1] < t[:10] else t
+    if mine := MY.match(body):
+        attribute = mine["a"].replace("favourite", "favorite")
+        return Claim(attribute, tidy(mine["v"], attribute), "", (), me, t_event=past,
+                     layer="identity" if "favorite" in attribute else "fact")
+    match = FIRST.match(body) or NAMED.match(body)
+    if not match:
+        return None
+    subject = me if match.groupdict().get("i") else match["rel"]
+    if subject != me and subject[0].islower() and me != "user":
+        subject = f"{me}'s {subject}"  # in a dialogue of two, each has a sister
+    reliability = 0.9 if subject == me else 0.4
+    if HEDGE.search(body):  # never touches a chain: an attribute of its own, keyed by its words
+        return Claim("maybe", body, "", (), subject, t_event=t, reliability=0.6)
+    if HYPOTHESIS.search(body):
+        return None
+    rest, flip = ADVERB.sub("", ADVERB.sub("", match["rest"].strip())), 1
+    future = FUTURE.match(rest)
+    if future and window and window[1] >= t[:10] and (window[0] > t[:10] or "going to" in rest or "will" in rest[:5]):
+        return Claim("plan", tidy(future["v"], "plan"), "", (), subject, t_event=t, until=window[1], reliability=reliability)
+    if negator := NEGATOR.match(rest):
+        if not (negator.group().strip().lower() == "never"):
+            rest, flip = ADVERB.sub("", rest[negator.end():]), -1
+    for attribute, polarity, layer, pattern in FRAMES:
+        if hit := pattern.match(rest):
+            groups = hit.groupdict()
+            value = tidy(groups.get("v") or groups.get("w") or "", attribute)
+            if polarity == 0:
+                value = ""
+                if flip == 1 and re.match(r"ha(?:ve|s) (?:a|my) job", rest):
+                    break
+            elif not key(value):
+                continue
+            return Claim(attribute, value, "", (), subject, polarity * flip, layer, past, reliability,
+                         detail=bool(QUALIFIER.search(rest)))
+    # Nothing fits: a free fact that keeps the whole clause, so that nothing is lost; denied, it may end a habit.
+    return Claim("event" if flip > 0 else "habit", rest, "", (), subject, flip, "fact", past, reliability)
+
+
+# ------------------------------------------------------------------ System1: inside every write
+def member_of(store, claim):
+    """Complete a claim's slot: single-valued attributes have no member, others one chain per value."""
+    attribute, value = claim.attribute, key(claim.value)
+    if attribute == "?":  # "gave up coffee": whichever live chain is about coffee
+        options = [a for a in ("likes", "hobby", "possession", "diet", "habit") if (claim.subject, a, value) in store.heads]
+        attribute = options[0] if options else "likes"
+    elif attribute == "cancel":  # the open plan that shares most words; else it stays a fact of its own
+        plans = [store.head(s) for s in store.members.get((claim.subject, "plan"), ())]
+        overlap = [(len(set(words(p.value)) & set(words(claim.value))), p) for p in plans if p.polarity == 1]
+        best = max(overlap, key=lambda o: o[0], default=(0, None))
+        if best[0]:
+            return (claim.subject, "plan", best[1].slot[2])
+        attribute = "event"
+    single = attribute in SINGLE or attribute.startswith("favorite")
+    return (claim.subject, attribute, None if single else " ".join(sorted(set(value.split()))))
+
+
+def decide(store, claim, slot):
+    """The decision table. -> (op, node to confirm or None, prev id, next id, link kind).
+
+    Polarity and slot first, similarity never: cosine cannot tell "likes coffee" from "no longer likes coffee".
+    Only the head counts as a duplicate: A -> B -> A are three nodes.
+    """
+    head, same = store.head(slot), lambda b: (key(b.value), b.polarity) == (key(claim.value), claim.polarity)
+    if head is None:
+        return "ADD", None, None, None, None
+    if claim.t_event >= head.t_event:
+        if same(head):
+            old, new = set(words(DATE.sub("", head.text))), set(words(DATE.sub("", claim.text)))
+            if old < new or (claim.detail and not new <= old):
+                return "REFINE", None, head.id, None, "refine"
+            return "CONFIRM", head, None, None, None
+        return ("RETRACT" if claim.polarity < 1 else "SUPERSEDE"), None, head.id, None, "supersede"
+    chain = store.chain(slot)
+    after = next(b for b in chain if b.t_event > claim.t_event)
+    before = store.beliefs.get(after.prev)
+    for neighbour in (before, after):
+        if neighbour and same(neighbour):
+            return "CONFIRM", neighbour, None, None, None
+    return "SPLICE", None, before and before.id, after.id, "supersede"
+
+
+def write_claims(store, turn, claims):
+    """Reconcile and apply the claims of one turn; an existing node is touched at most once. -> ops."""
+    ops, touched = [], set()
+    for claim in claims:
+        claim.t_event = claim.t_event or turn.t
+        slot = member_of(store, claim)
+        head = store.head(slot)
+        if claim.polarity == -1 and slot[2] is None and head and key(head.value) != key(claim.value):
+            slot = (claim.subject, "event", key(claim.text))  # "I used to live in Rome" ends nothing if the head is Paris
+        op, node, prev, next_, kind = decide(store, claim, slot)
+        source = (turn.id, *claim.span, claim.reliability)
+        if {prev, next_, node and node.id} & touched or (node and any(s[0] == turn.id for s in node.sources)):
+            continue
+        if op == "CONFIRM":
+            moved = {"t_event": claim.t_event} if claim.t_event < node.t_event else {}
+            store.commit(op, [node.id], turn.id, source=source, **moved)
+        else:
+            old = store.beliefs.get(prev)
+            text = claim.text if op != "REFINE" or set(words(old.text)) <= set(words(claim.text)) else f"{old.text}; {claim.text}"
+            because = re.search(r"\b(?:because|since|so that)\b (.+)", claim.text, re.I)
+            node = Belief(store.new_id("b"), claim.layer, slot, claim.value, claim.polarity, text, claim.t_event,
+                          store.clock, ([*old.sources] if op == "REFINE" else []) + [source],
+                          domain_of(claim.text), [] if claim.polarity < 1 else poles_of(claim.text), claim.until,
+                          because.group(1) if because else f"told {turn.t[:10]}" if old else "")
+            store.commit(op, [node.id], turn.id, node.reason, belief=asdict(node), prev=prev, next=next_, kind=kind)
+        touched.update(x for x in (prev, next_, node.id if op == "CONFIRM" else None) if x)
+        ops.append((op, node.id))
+    return ops
+
+
+# ------------------------------------------------------------------ System2: while nobody is waiting
+BEHAVIOUR_ALIKE, CONTENT_UNLIKE = 0.5, 0.6  # for cue space, chosen on the development bank; the paper's code has 0.70 / 0.60
+
+
+def two_stage_dbscan(vectors, weights=None):
+    """Cluster rows by cosine: similarity 0.55 and >= 3 members; clusters over 12 again at 0.75 and >= 2. -> labels (n,).
+
+    Leftovers of the second stage join the nearest sub-cluster. Equal rows are clustered once, by weight: a hundred
+    thousand beliefs have few distinct behaviour vectors.
+    """
+    from sklearn.cluster import DBSCAN
+    rows, inverse, counts = np.unique(vectors, axis=0, return_inverse=True, return_counts=True)
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    labels = DBSCAN(eps=0.45, min_samples=3, metric="cosine").fit_predict(rows, sample_weight=counts)
+    for label in sorted(set(labels) - {-1}):
+        inside = np.flatnonzero(labels == label)
+        if counts[inside].sum() <= 12 or len(inside) < 2:
+            continue
+        sub = DBSCAN(eps=0.25, min_samples=2, metric="cosine").fit_predict(rows[inside], sample_weight=counts[inside])
+        if (sub >= 0).any():
+            centres = {k: rows[inside[sub == k]].mean(0) for k in sorted(set(sub) - {-1})}
+            sub = [k if k >= 0 else max(centres, key=lambda c: rows[i] @ centres[c]) for i, k in zip(inside, sub)]
+            labels[inside] = labels.max() + 1 + np.array(sub)
+    return labels[inverse.ravel()]
+
+
+def induce_rules(store, pool):
+    """Rule inducer. Clusters in behaviour + domain space -> [(subject, domain, behaviour, text, vector, belief ids)].
+
+    Not over the words of raw sentences: word overlap groups sentence shapes, not habits.
+    """
+    pool = [b for b in pool if b.tags and b.domain]
+    if not pool:
+        return []
+    columns = {name: i for i, name in enumerate([*POLES, *DOMAINS, *store.speakers])}
+    vectors = np.zeros((len(pool), len(columns)))
+    for row, belief in zip(vectors, pool):
+        row[[columns[tag] for tag in belief.tags]] = 1 / math.sqrt(len(belief.tags))
+        row[columns[belief.domain]] = row[columns[belief.slot[0]]] = 1
+    groups = defaultdict(list)  # a cluster may chain two poles together; a schema has one domain and one behaviour
+    for label, belief in zip(two_stage_dbscan(vectors), pool):
+        for pole in belief.tags if label >= 0 else []:
+            groups[belief.slot[0], belief.domain, pole].append(belief)
+    found = []
+    for (subject, domain, pole), beliefs in sorted(groups.items()):
+        tags = Counter(tag for b in beliefs for tag in b.tags)
+        vector = {tag: round(n / sum(tags.values()), 4) for tag, n in sorted(tags.items())}
+        who = "the user" if subject == "user" else subject
+        found.append((subject, domain, pole, f"In {domain}, {who} {POLES[pole][1]}.", vector, [b.id for b in beliefs]))
+    return found
+
+
+def name_core_rules(members):
+    """Rule version of "one sentence that explains why these habits go together"; no domain in it, so it never ages."""
+    behaviour = Counter(m.behaviour for m in members).most_common(1)[0][0]
+    who = "the user" if members[0].subject == "user" else members[0].subject
+    return behaviour, f"In unrelated parts of life, {who} {POLES[behaviour][1]}."
+
+
+def refresh_schema(schema, store, opposite):
+    """Live support, confidence (s + 1) / (s + x + 2), status: what a schema loses when its facts are superseded."""
+    schema.evidence = sorted(i for i in schema.evidence if store.beliefs[i].status != "suppressed")
+    schema.live = [i for i in schema.evidence if store.beliefs[i].status == "active" and store.beliefs[i].polarity == 1]
+    s = len({store.beliefs[i].slot for i in schema.live})  # a chain counts once, by its head
+    schema.confidence = round((s + 1) / (s + opposite + 2), 4)
+    sessions = len(store.sessions(schema.live))
+    schema.status = ("dormant" if s < 2 else "forming" if s < 3 or sessions < 2
+                     else "stable" if schema.confidence >= 0.65 else "contested")
+
+
+def collisions(schemas, store):
+    """Pairs alike in behaviour, unlike in content, of one person, in different domains. NOT contradictions.
+
+    Nearest neighbours in behaviour space shortlist the pairs, so the sweep is not quadratic.
+    """
+    from sklearn.feature_extraction import DictVectorizer
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.neighbors import NearestNeighbors
+    behaviour = DictVectorizer().fit_transform([s.vector for s in schemas])
+    cues = {w for cue, _ in CUES for w in cue.split()}  # content is what is left without the behaviour words
+    content = TfidfVectorizer(analyzer=lambda s: [w for i in s.live for w in words(store.beliefs[i].text) if w not in cues]
+                              or [s.domain]).fit_transform(schemas)
+    near = NearestNeighbors(n_neighbors=min(30, len(schemas)), metric="cosine").fit(behaviour).kneighbors(behaviour, return_distance=False)
+    pairs = set()
+    for i, row in enumerate(near):
+        for j in map(int, row):
+            a, b = schemas[i], schemas[j]
+            if a.subject != b.subject or a.domain == b.domain:
+                continue
+            features = set(a.vector) | set(b.vector)
+            low, high = (sum(f(a.vector.get(k, 0), b.vector.get(k, 0)) for k in features) for f in (min, max))
+            if low / high >= BEHAVIOUR_ALIKE and (content[i] @ content[j].T).sum() < CONTENT_UNLIKE:
+                pairs.add((min(i, j), max(i, j)))
+    return sorted(pairs)
+
+
+def collision_groups(n, pairs):
+    """Union-find over the pairs; then drop whoever collides with less than half of its group (unions are transitive)."""
+    root = list(range(n))
+
+    def find(i):
+        while root[i] != i:
+            i = root[i]
+        return i
+    for i, j in pairs:
+        root[max(find(i), find(j))] = min(find(i), find(j))
+    groups, linked = defaultdict(list), set(pairs)
+    for i in range(n):
+        groups[find(i)].append(i)
+    for group in groups.values():
+        while len(group) > 1:
+            degree = {i: sum((min(i, j), max(i, j)) in linked for j in group) for i in group}
+            worst = min(group, key=degree.get)
+            if degree[worst] >= (len(group) - 1) / 2:
+                yield group
+                break
+            group.remove(worst)
+
+
+def refresh_core(core, schemas, store):
+    """Evidence = union of the members'; confidence = the weaker of the two best members of different domains."""
+    core.members = sorted(set(core.members))
+    core.evidence = sorted({i for m in core.members for i in schemas[m].evidence})
+    best = {}
+    for m in core.members:
+        if schemas[m].status == "stable":
+            best[schemas[m].domain] = max(best.get(schemas[m].domain, 0), schemas[m].confidence)
+    core.status = "stable" if len(best) >= 2 else "dormant"
+    core.confidence = sorted(best.values())[-2] if len(best) >= 2 else 0.0
+
+
+def plan_sleep(store, now, induce=induce_rules, name_core=name_core_rules, sweep=True):
+    """Everything System2 would change, as one dictionary; the store is only read. A pure function of (store, now)."""
+    schemas, cores, intentions = (copy.deepcopy(x) for x in (store.schemas, store.cores, store.intentions))
+    pool = [b for b in store.beliefs.values() if b.status == "active" and b.polarity == 1 and b.slot[0] in store.speakers
+            and b.slot[1] not in ("maybe", "plan")]
+    for subject, domain, behaviour, text, vector, ids in induce(store, pool):
+        id_ = store.new_id("s", subject, domain, behaviour)
+        if id_ in schemas or len(ids) >= 2:
+            schema = schemas.setdefault(id_, Schema(id_, subject, domain, behaviour, text, now))
+            schema.vector, schema.evidence = vector, list(set(schema.evidence) | set(ids))
+    shows = Counter((b.slot[0], b.domain, tag) for b in pool for tag in b.tags)
+    for schema in schemas.values():
+        refresh_schema(schema, store, shows[schema.subject, schema.domain, POLES.get(schema.behaviour, ("",))[0]])
+    for schema in schemas.values():  # a habit that turned into its opposite: linked like beliefs
+        old = schemas.get(store.new_id("s", schema.subject, schema.domain, POLES.get(schema.behaviour, ("",))[0]))
+        if (old and schema.status == "stable" and old.status != "stable" and (old.created, old.id) < (schema.created, schema.id)
+                and not (old.prev or old.next or schema.prev or schema.next)):
+            schema.prev, old.next = old.id, schema.id
+    stable = sorted((s for s in schemas.values() if s.status == "stable"), key=lambda s: s.id)
+    if sweep and len(stable) >= 5:
+        for group in collision_groups(len(stable), collisions(stable, store)):
+            members = [stable[i] for i in group]
+            ids = {m.id for m in members}
+            known = [c for c in cores.values() if ids & set(c.members)]
+            if known:  # join the core that shares most members, then the oldest: never whichever comes first
+                core = min(known, key=lambda c: (-len(ids & set(c.members)), c.created, c.id))
+            else:
+                named = name_core(members)
+                if not named:  # a null answer is allowed: no core
+                    continue
+                id_ = store.new_id("c", members[0].subject, named[0])
+                core = cores.setdefault(id_, Core(id_, members[0].subject, *named, now))
+            core.members += ids
+    for core in cores.values():
+        refresh_core(core, schemas, store)
+    for slots in [store.members[(who, "plan")] for who in store.speakers if (who, "plan") in store.members]:
+        for belief in (b for slot in slots for b in store.chain(slot) if b.until):
+            id_ = store.new_id("i", belief.slot[0], key(belief.value), belief.until)
+            item = intentions.setdefault(id_, Intention(id_, belief.value, belief.until, []))
+            item.evidence = sorted({*item.evidence, belief.id})
+    for item in intentions.values():
+        item.evidence = [i for i in item.evidence if store.beliefs[i].status != "suppressed"]
+        alive = any(store.beliefs[i].status == "active" for i in item.evidence)
+        item.status = "withdrawn" if not alive else "expired" if item.until < now[:10] else "open"
+    new = {"schemas": schemas, "cores": cores, "intentions": intentions}
+    return {kind: [asdict(n) for _, n in sorted(nodes.items()) if n != getattr(store, kind).get(n.id)]
+            for kind, nodes in new.items()}
+
+
+# ------------------------------------------------------------------ reader: no language model, links and word statistics
+ASK = {  # attribute -> how a question asks for it
+    "residence": r"\b(live|living|lived|home town|reside|move[d]? to|city|based)\b", "employer": r"\b(work|employer|company|job)\b",
+    "occupation": r"\b(occupation|profession|work as|for a living)\b", "diet": r"\bdiet\b", "age": r"\bhow old\b|\bage\b",
+    "name": r"\bmy name\b", "partner": r"\b(partner|married|dating)\b", "birthday": r"\bbirthday\b"}
+PAST = re.compile(r"\bbefore\b|\bprevious|\bused to\b|\bformer|\bearlier\b|\bdid I (?:live|work)\b|\boriginally\b", re.I)
+CHANGE = re.compile(r"\bhow (?:did|has|have|was)\b.*\b(?:chang|evolv|develop)|\bhistory of\b|\bover (?:time|the years)\b", re.I)
+COMING = re.compile(r"\bcoming up\b|\bupcoming\b|\bmy plans\b|\bplanned\b|\bnext (?:week|month)\b|\bahead of me\b", re.I)
+SHARES = {"profile": 0.1, "identity": 0.2, "schema": 0.2, "intention": 0.1, "fact": 0.4}  # of the budget; the rest flows to facts
+
+
+@dataclass
+class Line:
+    """One line of context. `entries` are its dated statements, for whoever reads by program."""
+    id: str
+    channel: str
+    text: str
+    t: str
+    entries: list  # [(date, text)]
+
+
+@dataclass
+class Recall:
+    lines: list
+    text: str
+    ids: list
+
+
+def decay(last, now):
+    """Ranking factor at read time, never stored: stored decay would depend on how often System2 runs."""
+    return 2 ** (-max(0, days_between(last, now)) / 180)
+
+
+def named_people(store, question):
+    """Speakers and relatives whom the question names."""
+    low = set(re.findall(r"\w+", question.lower()))
+    return [s for s in store.speakers if s.lower() in low] + [
+        s for s in {slot[0] for slot in store.members} - set(store.speakers) if s.split("'s ")[-1].lower() in low]
+
+
+def rank_turns(store, question, now, k=100):
+    """Raw turns by relevance: [(score, turn id)], best first, at most k.
+
+    BM25, then what a memory knows beyond the words of a turn: what stands next to it (an answer seldom repeats the
+    words of the question before it), how well its session fits, who spoke, and when.
+    """
+    if not store.turns:
+        return []
+    people = [s for s in store.speakers if s.lower() in re.findall(r"\w+", question.lower())]
+    names = {stem(p.lower()) for p in people}  # a name in a turn is mostly the *other* one calling: it is no content
+    query = Counter(w for w in words(DATE.sub(" ", question)) if w not in names) or Counter(words(question))
+    base = store.turn_index.scores(query, b=0.5)
+    session, speaker, day = (np.array(store.columns[c]) for c in ("session", "speaker", "day"))
+    scores, same = base.copy(), session[1:] == session[:-1]
+    scores[1:] += 0.5 * base[:-1] * same
+    scores[:-1] += 0.1 * base[1:] * same
+    best = np.zeros(session.max() + 1)
+    np.maximum.at(best, session, base)
+    scores += 0.2 * best[session] * (scores > 0)
+    if people:  # mild: questions also ask what somebody said *about* a person
+        scores *= np.where(np.isin(speaker, [store.speakers.index(p) for p in people]), 1.2, 1.0)
+    if window := date_window(question, now):  # people tell things in the days after they happened
+        first, last = (date.fromisoformat(d).toordinal() for d in window)
+        scores *= np.where((day >= first) & (day <= last + 14), 1.5, 1.0)
+    top = np.argpartition(-scores, k)[:k] if len(scores) > k else np.arange(len(scores))
+    top = sorted((int(i) for i in top if scores[i] > 0), key=lambda i: (-scores[i], -i))
+    keys = store.turn_index.keys
+    return [(float(scores[i]), keys[i]) for i in top if keys[i] not in store.hidden]
+
+
+def top_beliefs(store, question, k=200):
+    """Beliefs by BM25 over their own words, superseded ones included: a hit on any member brings its chain."""
+    scores = store.belief_index.scores(Counter(words(question)))
+    best = np.argpartition(-scores, k)[:k] if len(scores) > k else np.arange(len(scores))
+    best = sorted((int(i) for i in best if scores[i] > 0), key=lambda i: (-scores[i], i))
+    return [(float(scores[i]), store.beliefs[store.belief_index.keys[i]]) for i in best]
+
+
+def visible_schemas(store, now):
+    """Schemas and cores as far as their support is alive *now*, since `observe` never touches them."""
+    def alive(schema):
+        beliefs = [store.beliefs[i] for i in schema.evidence]
+        live = {b.slot for b in beliefs if b.status == "active" and b.polarity == 1}
+        return schema.status == "stable" and len(live) >= 2 and all(b.status != "suppressed" for b in beliefs)
+
+    def rank(node):
+        seen = max(store.beliefs[i].t_seen for i in node.evidence)
+        return -node.confidence * decay(seen, now), node.id
+    schemas = sorted((s for s in store.schemas.values() if alive(s)), key=rank)
+    domains = {s.id: s.domain for s in schemas}
+    cores = [c for c in store.cores.values() if c.status == "stable" and len({domains.get(m) for m in c.members} - {None}) >= 2]
+    return schemas, sorted(cores, key=rank)
+
+
+def chain_line(store, slot, links=True, at=None):
+    """The chain of a slot as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; suppressed nodes left out."""
+    chain = [b for b in store.chain(slot) if b.status != "suppressed"]
+    if not chain:
+        return None
+    head = chain[-1]
+    if not links or len(chain) == 1:
+        mark = {1: "", -1: " (no longer)", 0: " (no longer)"}[head.polarity]
+        return Line(head.id, "fact", f"{head.t_event[:10]} {head.text}{mark}", head.t_event, [(head.t_event, head.text)])
+
+    def show(b):
+        value = b.text if b.link_kind == "refine" else b.value or "none"
+        return ("no longer " if b.polarity < 1 and b.value else "") + value
+    steps = [f"{show(b)} ({b.t_event[:10]}{', current' if b is head and head.status == 'active' else ''})" for b in chain]
+    return Line(head.id, "fact", f"{slot[0]} {slot[1]}: {' → '.join(steps)}", head.t_event, [(b.t_event, show(b)) for b in chain])
+
+
+def recall(store, question, now, budget=800, links=True, schemas=True, sweep=True, separate=False, raw=True):
+    """Question -> Recall within `budget` tokens: profile, schemas (proactive), facts with chains, intentions, raw turns.
+
+    `separate=True` gives schemas and cores a channel of their own on top of the budget, as in the authors' reader;
+    otherwise they take their share and displace facts. Every line carries the id to ask `why` about.
+    """
+    wanted, hits = {channel: [] for channel in SHARES}, top_beliefs(store, question)
+    people = named_people(store, question) or store.speakers[:1]
+    asked = [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)]
+    slots = [(p, a, None) for p in people for a in asked if (p, a, None) in store.heads]
+    slots += [b.slot for _, b in hits]
+    slots += [(p, a, None) for p in people for a in sorted(SINGLE) if (p, a, None) in store.heads]
+    for slot in dict.fromkeys(slots):
+        members = [slot] if links else [None]
+        for line in ([chain_line(store, slot)] if links else
+                     [Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event, [(b.t_event, b.text)])
+                      for b in store.chain(slot) if b.status != "suppressed"]):
+            if line:
+                layer = store.beliefs[line.id].layer
+                line.channel = "profile" if slot[1] in SINGLE and slot[1] not in asked else "identity" if layer == "identity" else "fact"
+                wanted[line.channel].append(line)
+    if schemas:
+        domain, (found, cores) = domain_of(question), visible_schemas(store, now)
+        cores = cores if sweep else []
+        found.sort(key=lambda s: s.domain != domain)  # stable sort: the question's own domain first
+        first = [s for s in found if s.domain == domain]
+        for node in first + cores + [s for s in found if s.domain != domain]:
+            wanted["schema"].append(Line(node.id, "schema", node.text, node.created, [(node.created, node.text)]))
+    for item in sorted(store.intentions.values(), key=lambda i: (i.until, i.id)):
+        if item.status == "open" and item.until >= now[:10] and any(store.beliefs[b].status == "active" for b in item.evidence):
+            wanted["intention"].append(Line(item.id, "intention", f"planned until {item.until}: {item.text}", item.until,
+                                            [(item.until, item.text)]))
+    return assemble(store, wanted, question, now, budget, separate, raw)
+
+
+def assemble(store, wanted, question, now, budget, separate=False, raw=True):
+    """Fill the shares, whole lines only; what a channel leaves over flows to facts, then to raw turns."""
+    chosen, left = [], 0
+
+    def spend(lines, tokens):
+        for line in lines:
+            cost = count_tokens(f"[{line.id}] {line.text}")
+            if cost <= tokens and line.id not in {c.id for c in chosen}:
+                chosen.append(line)
+                tokens -= cost
+        return tokens
+    for channel in ("profile", "identity", "schema", "intention"):
+        share = int(budget * SHARES[channel])
+        rest = spend(wanted[channel], share)
+        left += rest if not (separate and channel == "schema") else share
+    left = spend(wanted["fact"], int(budget * SHARES["fact"]) + left)
+    if raw:  # the last resort, so that a span nobody extracted can still be found
+        cited = {s[0] for line in chosen if line.id in store.beliefs for s in store.beliefs[line.id].sources}
+        turns = [store.turns[i] for _, i in rank_turns(store, question, now, 50) if i not in cited]
+        spend([Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t, [(t.t, t.text)]) for t in turns], left)
+    rank = {"c": 0, "s": 1}
+    chosen.sort(key=lambda n: (rank.get(n.id.split("/")[-1][0], 2 if n.channel in ("profile", "identity") else 3), n.t, n.id))
+    return Recall(chosen, "\n".join(f"[{n.id}] {n.text}" for n in chosen), [n.id for n in chosen])
+
+
+def answer_rules(store, question, now):
+    """A direct answer from the chains, or the best line of the context, or an honest "I don't know". -> (text, ids)."""
+    low = question.lower()
+    if COMING.search(question):
+        items = [n for n in recall(store, question, now).lines if n.channel == "intention"]
+        return ("; ".join(n.text for n in items), [n.id for n in items]) if items else ("Nothing that I know of.", [])
+    people = named_people(store, question) or store.speakers[:1]
+    slots = [(p, a, None) for p in people for a, pattern in ASK.items() if re.search(pattern, low)]
+    q = set(words(question))
+    slots += [b.slot for _, b in top_beliefs(store, question, 20) if b.slot[2] and b.slot[1] not in ("event", "maybe", "plan")
+              and set(words(b.value)) & q]
+    for slot in [s for s in slots if s in store.heads]:
+        chain = [b for b in store.chain(slot) if b.status != "suppressed"]
+        if not chain:
+            continue
+        head = chain[-1]
+        if CHANGE.search(question):
+            return chain_line(store, slot).text, [b.id for b in chain]
+        if re.match(r"why\b", low):
+            quoted = store.turns[head.sources[-1][0]]
+            return f"{head.reason or 'no reason given'} — “{quoted.text}”", [head.id]
+        if PAST.search(question):
+            known = [b for b in chain if b.link_kind != "refine"]
+            named = [i for i, b in enumerate(known) if b.value and key(b.value) in key(question)]
+            at = named[0] if named else len(known) - 1
+            return (known[at - 1].value, [known[at - 1].id]) if at > 0 else ("Nothing before that.", [])
+        window = date_window(question, now)
+        if window and window[1] < now[:10]:
+            node = as_of(store, slot, window[1])
+            return (node.value, [node.id]) if node else ("I don't know.", [])
+        if re.match(r"(do|does|am|is|have|has)\b", low):
+            return ("Yes" if head.polarity == 1 else "No") + f", since {head.t_event[:10]}.", [head.id]
+        return (head.value if head.polarity == 1 else f"No longer {head.value}".strip()), [head.id]
+    lines = [n for n in recall(store, question, now).lines if q & set(words(n.text))]
+    if not lines:
+        return "I don't know.", []
+    best = max(lines, key=lambda n: len(q & set(words(n.text))))
+    return best.text, [best.id]
+
+
+def as_of(store, slot, t):
+    """What held on day `t`: the last node whose event time is not after it. None before the first."""
+    known = [b for b in store.chain(slot) if b.t_event[:10] <= t[:10] and b.status != "suppressed"]
+    return known[-1] if known else None
+
+
+# ------------------------------------------------------------------ the facade
+class Memory:
+    """One memory for many users, each with a store of their own. `backend` is "rules" or an LLM (see below)."""
+
+    def __init__(self, backend=None, auto_sleep_every=0):
+        self.stores, self.backend, self.auto_sleep_every = {}, backend, auto_sleep_every
+        self.read = self.framed = 0  # clauses read and clauses that hit a frame: the extractor's honest coverage
+
+    def store(self, user="user"):
+        return self.stores.setdefault(user, Store(user))
+
+    def observe(self, text, t, session="s1", speaker="user", user="user"):
+        """System1, inside the write: keep the raw turn first, then extract, reconcile, apply. -> [(op, belief id)]."""
+        store = self.store(user)
+        if self.auto_sleep_every and store.turns and session not in (seen := {x.session for x in store.turns.values()}):
+            if len(seen) % self.auto_sleep_every == 0:
+                self.sleep(t, user)
+        date.fromisoformat(t[:10])  # a bad date is refused before anything is kept
+        turn = Turn(store.new_id("t"), session, speaker, text, t)
+        store.commit("RAW", [turn.id], turn.id, turn=asdict(turn))
+        if self.backend:
+            claims, forget = self.backend.extract(store, turn)
+        else:
+            claims, forget, read, framed = extract_rules(turn)
+            self.read, self.framed = self.read + read, self.framed + framed
+        ops = write_claims(store, turn, claims)
+        for what in forget:
+            ops += [("SUPPRESS", i) for i in self.forget(what, user, turn.id)]
+        return ops
+
+    def forget(self, what, user="user", turn=""):
+        """Suppress every belief whose text holds all content words of `what`; nodes and links stay, nobody sees them."""
+        store, need = self.store(user), set(words(what))
+        if not need:
+            return []
+        ids = [b.id for b in store.beliefs.values() if b.status != "suppressed" and need <= set(words(f"{b.slot[0]} {b.value} {b.text}"))]
+        hide = [t.id for t in store.turns.values() if need <= set(words(t.text))]
+        store.commit("SUPPRESS", ids, turn, f"asked to forget", hide=sorted({*hide, *([turn] if turn else [])}))
+        return ids
+
+    def sleep(self, now, user="user", sweep=True):
+        """System2. All or nothing: the plan is computed first and applied as one event; no change, no event."""
+        store = self.store(user)
+        extra = {"induce": self.backend.induce, "name_core": self.backend.name_core} if self.backend else {}
+        plan = plan_sleep(store, now, sweep=sweep, **extra)
+        if any(plan.values()):
+            store.commit("SLEEP", [n["id"] for nodes in plan.values() for n in nodes], reason=f"night of {now[:10]}", **plan)
+        return plan
+
+    def recall(self, question, now, budget=800, user="user", **switches):
+        return recall(self.store(user), question, now, budget, **switches)
+
+    def answer(self, question, now, user="user"):
+        if self.backend:
+            context = self.recall(question, now, user=user)
+            return self.backend.answer(context.text, question), context.ids
+        return answer_rules(self.store(user), question, now)
+
+    def trail(self, slot, user="user"):
+        return self.store(user).chain(slot)
+
+    def as_of(self, slot, t, user="user"):
+        return as_of(self.store(user), slot, t)
+
+    def why(self, id_, user="user"):
+        """core -> schemas -> beliefs -> the verbatim span of the raw turn, as a nested dictionary."""
+        store = self.store(user)
+        if id_ in store.cores:
+            node = store.cores[id_]
+            below = [self.why(m, user) for m in node.members]
+        elif node := store.schemas.get(id_) or store.intentions.get(id_):
+            below = [self.why(b, user) for b in node.evidence]
+        elif node := store.beliefs.get(id_):
+            below = [{"id": turn, "text": store.turns[turn].text[start:end], "t": store.turns[turn].t, "because": []}
+                     for turn, start, end, _ in node.sources]
+        elif node := store.turns.get(id_):
+            below = []
+        else:
+            raise MemoryError_(f"there is no record {id_!r}; recall(...).ids lists the ids you can ask about")
+        if getattr(node, "status", "") == "suppressed":
+            return {"id": id_, "text": "(forgotten on request)", "because": []}
+        return {"id": id_, "text": node.text, "because": below}
+
+    def check(self):
+        """All invariants of all users; [] when they hold. (Replaying every log is included, so this is not for hot loops.)"""
+        return [f"{user}: {problem}" for user, store in self.stores.items() for problem in check_store(store)]
+
+    def save(self, path):
+        """The audit logs as JSON; written beside the target and moved over it, so a crash leaves the old file."""
+        data = {"format": "dcpm-1", "users": {u: [asdict(e) for e in s.log] for u, s in self.stores.items()}}
+        path = Path(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, ensure_ascii=False)
+        os.replace(name, path)
+
+    @classmethod
+    def load(cls, path, **options):
+        memory = cls(**options)
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["format"] != "dcpm-1":
+                raise ValueError("unknown format")
+            for user, log in data["users"].items():
+                memory.stores[user] = replay([Event(**e) for e in log], user)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise MemoryError_(f"{path} is not a memory saved by dcpm.py ({error}); restore it from a copy") from error
+        return memory
+
+    def dump(self, user="user"):
+        """The whole memory as text for people."""
+        store = self.store(user)
+        out = [f"{len(store.turns)} turns, {len(store.beliefs)} beliefs"]
+        out += [f"  [{s}] {line.text}" for s in store.heads.values() if (line := chain_line(store, store.beliefs[s].slot))]
+        for node in [*store.schemas.values(), *store.cores.values(), *store.intentions.values()]:
+            out.append(f"  [{node.id}] {node.text} ({node.status}{getattr(node, 'confidence', '') and f', {node.confidence:.2f}'})")
+        return "\n".join(out)
+
+
+def replay(log, user="user"):
+    """Audit log -> store. The log is the only thing that is saved."""
+    store = Store(user)
+    for event in log:
+        store.apply(event)
+        store.log.append(event)
+    return store
+
+
+def snapshot(store):
+    """Everything a store holds, as one comparable string."""
+    parts = {k: {i: asdict(n) for i, n in getattr(store, k).items()} for k in ("turns", "beliefs", "schemas", "cores", "intentions")}
+    return json.dumps([parts, sorted(store.hidden), sorted(store.heads.values()), [asdict(e) for e in store.log]], sort_keys=True)
+
+
+def check_store(store):
+    """The invariants of one store, as a list of sentences about what is broken."""
+    bad, b = [], store.beliefs
+    slept = store.log and store.log[-1].op == "SLEEP"
+    for n in b.values():
+        if (n.next and b[n.next].prev != n.id) or (n.prev and b[n.prev].next != n.id) or n.id in (n.prev, n.next):
+            bad.append(f"links of {n.id} are not mutual")
+        if n.link_kind == "supersede" and (key(b[n.prev].value), b[n.prev].polarity) == (key(n.value), n.polarity):
+            bad.append(f"{n.id} supersedes an equal claim")
+        if n.prev and b[n.prev].t_event > n.t_event:
+            bad.append(f"{n.id} is older than its predecessor")
+        if (n.status == "active") != (n.next is None and n.status != "suppressed"):
+            bad.append(f"status of {n.id} is {n.status}")
+        if not n.sources or any(s[0] not in store.turns or not 0 <= s[1] < s[2] <= len(store.turns[s[0]].text) for s in n.sources):
+            bad.append(f"{n.id} has no source, or one outside its turn")
+    slots = Counter(n.slot for n in b.values())
+    heads = Counter(n.slot for n in b.values() if n.next is None)
+    for slot, count in slots.items():
+        if heads[slot] != 1 or len(store.chain(slot)) != count or store.head(slot).next:
+            bad.append(f"{slot} has {heads[slot]} heads, and {len(store.chain(slot))} of {count} nodes can be reached")
+    for node in [*store.schemas.values(), *store.cores.values(), *store.intentions.values()]:
+        if slept and any(b[i].status == "suppressed" for i in node.evidence):
+            bad.append(f"{node.id} rests on something forgotten")
+    for s in store.schemas.values():
+        live = [i for i in s.live if b[i].status == "active"]
+        if slept and s.status == "stable" and (len({b[i].slot for i in live}) < 3 or len(store.sessions(live)) < 2):
+            bad.append(f"schema {s.id} is stable on {len(live)} beliefs")
+    for c in store.cores.values():
+        domains = {store.schemas[m].domain for m in c.members if store.schemas[m].status == "stable"}
+        if c.status == "stable" and len(domains) < 2:
+            bad.append(f"core {c.id} rests on {len(domains)} domain(s)")
+        if c.evidence != sorted({i for m in c.members for i in store.schemas[m].evidence}):
+            bad.append(f"evidence of core {c.id} is not the union of its members'")
+    again = replay(store.log, store.user)
+    if any(getattr(again, k) != getattr(store, k) for k in
+           ("turns", "beliefs", "heads", "schemas", "cores", "intentions", "hidden", "of_turn", "members", "speakers")):
+        bad.append("replaying the log gives another store")
+    return bad
+
+
+# ------------------------------------------------------------------ real corpora: loaders and evaluation
+@dataclass
+class Question:
+    text: str
+    category: str
+    gold: set  # refs of evidence turns; used by the scorer only, never shown to the store
+    answer: str
+    now: str
+    options: list = field(default_factory=list)
+    end: int = None  # number of turns that exist when the question is asked; later ones would leak the future
+
+
+@dataclass
+class Sample:
+    name: str
+    turns: list  # [(ref, session, speaker, text, ISO time)]
+    questions: list
+
+
+def stamp(text):
+    """"1:56 pm on 8 May, 2023" or "2023/05/30 (Tue) 23:40" -> "2023-05-08T13:56"."""
+    found = re.search(r"(\d+):(\d+) ?([ap]m)? on (\d+) (\w+),? (\d{4})", text)
+    if found:
+        hour, minute, half, day, month, year = found.groups()
+        hour = int(hour) % 12 + 12 * (half == "pm") if half else int(hour)
+        return f"{year}-{MONTHS[month[:3].lower()]:02d}-{int(day):02d}T{hour:02d}:{minute}"
+    year, month, day, hour, minute = re.search(r"(\d{4})/(\d+)/(\d+).*?(\d+):(\d+)", text).groups()
+    return f"{year}-{int(month):02d}-{int(day):02d}T{int(hour):02d}:{minute}"
+
+
+CATEGORY = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
+
+
+def load_locomo(data):
+    """Known malformations: dates of sessions without turns, answers missing or integer, evidence like "D8:6; D9:17"."""
+    for item in data if isinstance(data, list) else [data]:
+        turns, conversation = [], item["conversation"]
+        numbers = sorted(int(k[8:]) for k, v in conversation.items() if re.fullmatch(r"session_\d+", k) and v)
+        for n in numbers:
+            when = stamp(conversation[f"session_{n}_date_time"])
+            for turn in conversation[f"session_{n}"]:
+                text = turn.get("text") or ""
+                text += f" [shares {turn['blip_caption']}]" if turn.get("blip_caption") else ""
+                turns.append((turn["dia_id"], f"session_{n}", turn["speaker"], text, when))
+        questions = []
+        for q in item["qa"]:
+            found = re.findall(r"D:?(\d+):(\d+)", " ".join(map(str, q.get("evidence") or [])))
+            answer = q.get("answer", "no information available" if q["category"] == 5 else "")
+            questions.append(Question(q["question"], CATEGORY.get(q["category"], str(q["category"])),
+                                      {f"D{int(a)}:{int(b)}" for a, b in found}, str(answer), turns[-1][4]))
+        yield Sample(item["sample_id"], turns, questions)
+
+
+def load_longmemeval(data):
+    """One haystack a question; sessions are put in order of their dates (the oracle file is not)."""
+    for item in data:
+        turns, gold = [], set()
+        sessions = zip(item["haystack_session_ids"], item["haystack_dates"], item["haystack_sessions"])
+        for n, (session, when, messages) in enumerate(sorted(sessions, key=lambda s: stamp(s[1]))):
+            for i, message in enumerate(messages):
+                ref = f"{session}#{n}:{i}"
+                turns.append((ref, f"{session}#{n}", message["role"], message["content"], stamp(when)))
+                gold |= {ref} if message.get("has_answer") else set()
+        kind = item["question_type"] + ("_abs" if item["question_id"].endswith("_abs") else "")
+        yield Sample(item["question_id"], turns, [Question(item["question"], kind, gold, str(item["answer"]),
+                                                            stamp(item["question_date"]))])
+
+
+def load_personamem(path, questions_path):
+    """Contexts are cut at the end index. System messages hold the persona, which gives answers away: they are left out."""
+    contexts = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            contexts.update(json.loads(line) if line.strip() else {})
+        except ValueError as error:
+            raise MemoryError_(f"{path}, line {number}: not JSON ({error})") from error
+    rows = defaultdict(list)
+    with open(questions_path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            rows[row["shared_context_id"]].append(row)
+    for name, messages in contexts.items():
+        turns, upto, session = [], [0], 0
+        for message in messages:
+            if message["role"] == "system":
+                session += 1
+            else:
+                text = re.sub(r"^(?:User|Assistant): ", "", message["content"])
+                day = (date(2024, 1, 1) + timedelta(30 * session)).isoformat()  # the corpus has no dates
+                turns.append((str(len(turns)), f"block {session}", message["role"], text, day))
+            upto.append(len(turns))
+        yield Sample(name[:8], turns, [
+            Question(r["user_question_or_message"], r["question_type"], set(), r["correct_answer"].strip("() "), turns[-1][4],
+                     ast.literal_eval(r["all_options"]), upto[min(int(r["end_index_in_shared_context"]), len(messages))])
+            for r in rows[name]])
+
+
+def load_personamem_v2(rows, folder):
+    """Reads the linked 32k history if it lies beside the file, else only the related snippet (an oracle: it says so)."""
+    for number, row in enumerate(rows):
+        link = Path(folder) / row["chat_history_32k_link"]
+        history = json.loads(link.read_text())["chat_history"] if link.exists() else json.loads(row["related_conversation_snippet"])
+        turns = [(str(i), "history", m["role"], m["content"], "2024-01-01") for i, m in enumerate(history)
+                 if m["role"] != "system" and isinstance(m["content"], str)]
+        options = [row["correct_answer"], *json.loads(row["incorrect_answers"])]
+        random.Random(number).shuffle(options)  # the official order depends on Python's string hash
+        letter = "abcd"[options.index(row["correct_answer"])]
+        yield Sample(f"persona {row['persona_id']}" + ("" if link.exists() else " (snippet only)"), turns,
+                     [Question(ast.literal_eval(row["user_query"])["content"], row["pref_type"], set(), letter, "2024-01-02",
+                               [f"({x}) {o}" for x, o in zip("abcd", options)])])
+
+
+def load_corpus(path, format="", questions=""):
+    """File -> list of samples; the format is detected from the first record when it is not given."""
+    path = Path(path)
+    if not path.is_file():
+        raise MemoryError_(f"--data {path}: there is no such file")
+    if path.suffix == ".jsonl" or format == "personamem" and questions:
+        questions = questions or str(path).replace("context", "questions").replace(".jsonl", ".csv")
+        if not Path(questions).is_file():
+            raise MemoryError_(f"PersonaMem needs its questions file too: --questions FILE.csv (looked for {questions})")
+        return list(load_personamem(path, questions))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        first = data[0] if isinstance(data, list) else data
+        keys = set(first)
+        kind = ("locomo" if "conversation" in keys else "longmemeval" if "haystack_sessions" in keys
+                else "personamem" if "related_conversation_snippet" in keys else "")
+        if not kind or format and format != kind:
+            raise MemoryError_(f"--data {path}: this does not look like {format or 'any format that I know'}; "
+                               f"its first record has {sorted(keys)[:8]}")
+        rows = data if isinstance(data, list) else [data]
+        return list(load_locomo(rows) if kind == "locomo" else load_longmemeval(rows) if kind == "longmemeval"
+                    else load_personamem_v2(rows, path.parent))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise MemoryError_(f"--data {path}: a record is not as expected ({type(error).__name__}: {error})") from error
+
+
+def ingest(sample, backend=None, memory=None, first=0, last=None):
+    """Observe turns first..last of a sample (System1), with a progress bar. -> memory, {ref: turn id}."""
+    from tqdm import tqdm
+    memory = memory or Memory(backend)
+    for ref, session, speaker, text, when in tqdm(sample.turns[first:last], desc=sample.name, leave=False, disable=None):
+        memory.observe(text, when, session, speaker)
+    ids = list(memory.store().turns)
+    return memory, {ref: i for (ref, *_), i in zip(sample.turns, ids)}
+
+
+def baselines(texts):
+    """Rankers over raw turns that remember nothing else: question -> indices, best first."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    tfidf, bm25 = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), stop_words="english"), Index()
+    matrix = tfidf.fit_transform(texts)
+    for i, text in enumerate(texts):
+        bm25.add(i, re.findall(r"\w+", text.lower()))
+    return {"TF-IDF": lambda q: np.argsort(-(matrix @ tfidf.transform([q]).T).toarray().ravel(), kind="stable"),
+            "BM25": lambda q: np.argsort(-bm25.scores(Counter(re.findall(r"\w+", q.lower()))), kind="stable")}
+
+
+def evidence_recall(sample, memory, ids):
+    """{(category, ranker): [recall@5, @10, @20 per question]}; questions without readable evidence are left out."""
+    refs, out = [ref for ref, *_ in sample.turns], defaultdict(list)
+    back = {i: ref for ref, i in ids.items()}
+    rankers = {name: (lambda q, rank=rank: [refs[i] for i in rank(q)]) for name, rank in
+               baselines([text for _, _, _, text, _ in sample.turns]).items()}
+    for question in sample.questions:
+        gold = question.gold & set(refs)
+        if not gold:
+            continue
+        rankers["DCPM"] = lambda q: [back[i] for _, i in rank_turns(memory.store(), q, question.now)]
+        for name, rank in rankers.items():
+            order = rank(question.text)
+            out[question.category, name].append([len(gold & set(order[:k])) / len(gold) for k in (5, 10, 20)])
+    return out
