@@ -361,7 +361,7 @@ class Store:
     def chain(self, slot):
         """Beliefs of a slot, oldest first."""
         out, id_ = [], self.heads.get(tuple(slot))
-        while id_:
+        while id_ and len(out) < len(self.beliefs):
             out.append(self.beliefs[id_])
             id_ = out[-1].prev
         return out[::-1]
@@ -428,10 +428,11 @@ CUES = [(f" {' '.join(map(stem, cue.split()))} ", pole) for pole, (_, _, cues) i
 NOUNS = {stem(noun): domain for domain, nouns in DOMAINS.items() for noun in nouns.split()}
 
 
+@functools.lru_cache(maxsize=100_000)
 def poles_of(text):
     """Behaviour poles that a text shows, by lexicon."""
     padded = " " + " ".join(map(stem, re.findall(r"[a-z0-9]+", text.lower()))) + " "
-    return sorted({pole for cue, pole in CUES if cue in padded})
+    return tuple(sorted({pole for cue, pole in CUES if cue in padded}))
 
 
 def domain_of(text):
@@ -646,7 +647,7 @@ def write_claims(store, turn, claims):
             because = re.search(r"\b(?:because|since|so that)\b (.+)", claim.text, re.I)
             node = Belief(store.new_id("b"), claim.layer, slot, claim.value, claim.polarity, text, claim.t_event,
                           store.clock, ([*old.sources] if op == "REFINE" else []) + [source],
-                          domain_of(claim.text), [] if claim.polarity < 1 else poles_of(claim.text), claim.until,
+                          domain_of(claim.text), [] if claim.polarity < 1 else list(poles_of(claim.text)), claim.until,
                           because.group(1) if because else f"told {turn.t[:10]}" if old else "")
             store.commit(op, [node.id], turn.id, node.reason, belief=asdict(node), prev=prev, next=next_, kind=kind)
         touched.update(x for x in (prev, next_, node.id if op == "CONFIRM" else None) if x)
@@ -844,6 +845,8 @@ CHANGE = re.compile(r"\bhow (?:did|has|have|was)\b.*\b(?:chang|evolv|develop)|\b
 COMING = re.compile(r"\bcoming up\b|\bupcoming\b|\bmy plans\b|\bplanned\b|\bnext (?:week|month)\b|\bahead of me\b", re.I)
 SHARES = {"profile": 0.1, "identity": 0.2, "schema": 0.2, "intention": 0.1, "fact": 0.4}  # of the budget; the rest flows to facts
 
+SCHEMA_LINES = 4  # with a channel of their own: the authors' quota of 40 % of ten profile lines
+
 
 @dataclass
 class Line:
@@ -853,6 +856,13 @@ class Line:
     text: str
     t: str
     entries: list  # [(date, text)]
+
+    def __str__(self):
+        return f"[{self.id}] {self.text}"
+
+    @functools.cached_property
+    def cost(self):
+        return count_tokens(str(self))
 
 
 @dataclass
@@ -909,7 +919,7 @@ def top_beliefs(store, question, k=200):
     scores = store.belief_index.scores(Counter(words(question)))
     best = np.argpartition(-scores, k)[:k] if len(scores) > k else np.arange(len(scores))
     best = sorted((int(i) for i in best if scores[i] > 0), key=lambda i: (-scores[i], i))
-    return [(float(scores[i]), store.beliefs[store.belief_index.keys[i]]) for i in best]
+    return [store.beliefs[store.belief_index.keys[i]] for i in best]
 
 
 def visible_schemas(store, now):
@@ -928,44 +938,53 @@ def visible_schemas(store, now):
     return schemas, sorted(cores, key=rank)
 
 
-def chain_line(store, slot, links=True, at=None):
+def node_line(b):
+    """One belief on its own."""
+    text = b.text + (" (no longer)" if b.polarity < 1 else "")
+    return None if b.status == "suppressed" else Line(b.id, "fact", f"{b.t_event[:10]} {text}", b.t_event, [(b.t_event, text)])
+
+
+def chain_line(store, slot):
     """The chain of a slot as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; suppressed nodes left out."""
     chain = [b for b in store.chain(slot) if b.status != "suppressed"]
-    if not chain:
-        return None
-    head = chain[-1]
-    if not links or len(chain) == 1:
-        mark = {1: "", -1: " (no longer)", 0: " (no longer)"}[head.polarity]
-        return Line(head.id, "fact", f"{head.t_event[:10]} {head.text}{mark}", head.t_event, [(head.t_event, head.text)])
+    if len(chain) < 2:
+        return node_line(chain[0]) if chain else None
 
     def show(b):
-        value = b.text if b.link_kind == "refine" else b.value or "none"
-        return ("no longer " if b.polarity < 1 and b.value else "") + value
-    steps = [f"{show(b)} ({b.t_event[:10]}{', current' if b is head and head.status == 'active' else ''})" for b in chain]
-    return Line(head.id, "fact", f"{slot[0]} {slot[1]}: {' → '.join(steps)}", head.t_event, [(b.t_event, show(b)) for b in chain])
+        return ("no longer " if b.polarity < 1 and b.value else "") + (b.text if b.link_kind == "refine" else b.value or "none")
+    steps = [f"{show(b)} ({b.t_event[:10]}{', current' if b.status == 'active' else ''})" for b in chain]
+    return Line(chain[-1].id, "fact", f"{slot[0]} {slot[1]}: {' → '.join(steps)}", chain[-1].t_event,
+                [(b.t_event, show(b) + (", current" if b.status == "active" else "")) for b in chain])
 
 
 def recall(store, question, now, budget=800, links=True, schemas=True, sweep=True, separate=False, raw=True):
     """Question -> Recall within `budget` tokens: profile, schemas (proactive), facts with chains, intentions, raw turns.
 
-    `separate=True` gives schemas and cores a channel of their own on top of the budget, as in the authors' reader;
-    otherwise they take their share and displace facts. Every line carries the id to ask `why` about.
+    `separate=True` gives schemas and cores a channel of their own, four lines on top of the budget, as in the authors'
+    reader; otherwise they take their share and displace facts. Every line carries the id to ask `why` about.
     """
-    wanted, hits = {channel: [] for channel in SHARES}, top_beliefs(store, question)
-    people = named_people(store, question) or store.speakers[:1]
+    wanted, size = {channel: [] for channel in [*SHARES, "newest"]}, 0
     asked = [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)]
-    slots = [(p, a, None) for p in people for a in asked if (p, a, None) in store.heads]
-    slots += [b.slot for _, b in hits]
-    slots += [(p, a, None) for p in people for a in sorted(SINGLE) if (p, a, None) in store.heads]
-    for slot in dict.fromkeys(slots):
-        members = [slot] if links else [None]
-        for line in ([chain_line(store, slot)] if links else
-                     [Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event, [(b.t_event, b.text)])
-                      for b in store.chain(slot) if b.status != "suppressed"]):
-            if line:
-                layer = store.beliefs[line.id].layer
-                line.channel = "profile" if slot[1] in SINGLE and slot[1] not in asked else "identity" if layer == "identity" else "fact"
-                wanted[line.channel].append(line)
+    hits = top_beliefs(store, f"{question} {' '.join(asked)}")
+    newest = list(store.beliefs.values())[-50:][::-1]  # nearest-neighbour search always finds something: so do we
+    if links:
+        people = named_people(store, question) or store.speakers[:1]
+        found = [(p, a, None) for p in people for a in asked if (p, a, None) in store.heads] + [b.slot for b in hits]
+        found += [(p, a, None) for p in people for a in sorted(SINGLE) if (p, a, None) in store.heads]
+        rest = [b.slot for b in newest]
+    else:
+        found, rest = [b.id for b in hits], [b.id for b in newest]
+    found = dict.fromkeys(found)
+    for item in [*found, *dict.fromkeys(i for i in rest if i not in found)]:
+        line = chain_line(store, item) if links else node_line(store.beliefs[item])
+        if line:
+            b = store.beliefs[line.id]
+            line.channel = ("newest" if item not in found else "identity" if b.layer == "identity" else
+                            "profile" if b.slot[1] in SINGLE and b.slot[1] not in asked else "fact")
+            wanted[line.channel].append(line)
+            size += line.cost
+            if size > 3 * budget:  # more could not fit, whatever the shares leave over
+                break
     if schemas:
         domain, (found, cores) = domain_of(question), visible_schemas(store, now)
         cores = cores if sweep else []
@@ -981,28 +1000,30 @@ def recall(store, question, now, budget=800, links=True, schemas=True, sweep=Tru
 
 
 def assemble(store, wanted, question, now, budget, separate=False, raw=True):
-    """Fill the shares, whole lines only; what a channel leaves over flows to facts, then to raw turns."""
-    chosen, left = [], 0
+    """Fill the shares, whole lines only; what a channel leaves over flows to facts, raw turns, then the newest facts."""
+    chosen, left = {}, 0
 
     def spend(lines, tokens):
         for line in lines:
-            cost = count_tokens(f"[{line.id}] {line.text}")
-            if cost <= tokens and line.id not in {c.id for c in chosen}:
-                chosen.append(line)
-                tokens -= cost
+            if line.id not in chosen and line.cost <= tokens:
+                chosen[line.id] = line
+                tokens -= line.cost
         return tokens
+    if separate:
+        chosen.update((n.id, n) for n in wanted["schema"][:SCHEMA_LINES])
     for channel in ("profile", "identity", "schema", "intention"):
         share = int(budget * SHARES[channel])
-        rest = spend(wanted[channel], share)
-        left += rest if not (separate and channel == "schema") else share
-    left = spend(wanted["fact"], int(budget * SHARES["fact"]) + left)
-    if raw:  # the last resort, so that a span nobody extracted can still be found
-        cited = {s[0] for line in chosen if line.id in store.beliefs for s in store.beliefs[line.id].sources}
+        left += share if separate and channel == "schema" else spend(wanted[channel], share)
+    left = spend(wanted["fact"], budget - sum(int(budget * s) for c, s in SHARES.items() if c != "fact") + left)
+    if raw:  # so that a span which no frame caught can still be found
+        cited = {s[0] for i in chosen if i in store.beliefs for s in store.beliefs[i].sources}
         turns = [store.turns[i] for _, i in rank_turns(store, question, now, 50) if i not in cited]
-        spend([Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t, [(t.t, t.text)]) for t in turns], left)
+        left = spend([Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t, [(t.t, t.text)]) for t in turns], left)
+    spend(wanted["newest"], left)
     rank = {"c": 0, "s": 1}
-    chosen.sort(key=lambda n: (rank.get(n.id.split("/")[-1][0], 2 if n.channel in ("profile", "identity") else 3), n.t, n.id))
-    return Recall(chosen, "\n".join(f"[{n.id}] {n.text}" for n in chosen), [n.id for n in chosen])
+    lines = sorted(chosen.values(), key=lambda n: (rank.get(n.id.split("/")[-1][0], 2 if n.channel in ("profile", "identity") else 3),
+                                                   n.t, n.id))
+    return Recall(lines, "\n".join(map(str, lines)), [n.id for n in lines])
 
 
 def answer_rules(store, question, now):
@@ -1014,7 +1035,7 @@ def answer_rules(store, question, now):
     people = named_people(store, question) or store.speakers[:1]
     slots = [(p, a, None) for p in people for a, pattern in ASK.items() if re.search(pattern, low)]
     q = set(words(question))
-    slots += [b.slot for _, b in top_beliefs(store, question, 20) if b.slot[2] and b.slot[1] not in ("event", "maybe", "plan")
+    slots += [b.slot for b in top_beliefs(store, question, 20) if b.slot[2] and b.slot[1] not in ("event", "maybe", "plan")
               and set(words(b.value)) & q]
     for slot in [s for s in slots if s in store.heads]:
         chain = [b for b in store.chain(slot) if b.status != "suppressed"]
@@ -1192,7 +1213,7 @@ def check_store(store):
     for n in b.values():
         if (n.next and b[n.next].prev != n.id) or (n.prev and b[n.prev].next != n.id) or n.id in (n.prev, n.next):
             bad.append(f"links of {n.id} are not mutual")
-        if n.link_kind == "supersede" and (key(b[n.prev].value), b[n.prev].polarity) == (key(n.value), n.polarity):
+        if n.link_kind == "supersede" and n.prev and (key(b[n.prev].value), b[n.prev].polarity) == (key(n.value), n.polarity):
             bad.append(f"{n.id} supersedes an equal claim")
         if n.prev and b[n.prev].t_event > n.t_event:
             bad.append(f"{n.id} is older than its predecessor")
@@ -1223,6 +1244,283 @@ def check_store(store):
            ("turns", "beliefs", "heads", "schemas", "cores", "intentions", "hidden", "of_turn", "members", "speakers")):
         bad.append("replaying the log gives another store")
     return bad
+
+
+# ------------------------------------------------------------------ the miniature benchmark
+# Phrases never name a pole. Per pole: three phrases for the history, then the one that appears in answer options only.
+SCENES = {"cooking": "the dinner|the cake|the soup|the roast", "travel": "the trip|the flight|the train journey|the holiday",
+          "work": "the report|the meeting|the presentation|the conference", "garden": "the lawn|the hedge|the flower bed|the greenhouse",
+          "sport": "the race|the hike|the marathon|the swim", "home": "the flat|the bedroom wall|the bathroom|the new furniture",
+          "music": "the concert|the choir evening|the gig|the recording session", "study": "the exam|the essay|the seminar|the thesis",
+          "party": "the birthday|the picnic|the wedding|the reunion", "gifts": "the gift for Ann|the wrapping|the presents|the gift for Tom"}
+BANKS = {
+    "development": {
+        "phrases": {
+            "plans": "wrote a checklist for {}|drew up a schedule for {}|prepared {} weeks ahead|settle every detail of {} in advance",
+            "improvises": "decided on {} on a whim|went into {} without a plan|left {} to the last minute|just see what happens with {}",
+            "saves": "used a coupon for {}|hunted for a discount on {}|got the things for {} second hand|find a cheaper way to do {}",
+            "spends": "splurged on {}|chose the premium version of {}|paid extra for {}|go for luxury with {}",
+            "alone": "did {} by myself|enjoyed {} in solitude|kept {} solo|handle {} on my own",
+            "together": "invited half the street to {}|did {} with friends|turned {} into a group thing|do {} as a whole gang",
+            "careful": "double checked {}|took out insurance for {}|packed a spare for {}|keep a backup for {}",
+            "daring": "took a big risk with {}|gambled on {}|jumped in at the deep end with {}|look for the thrill in {}",
+            "routine": "did {} the same as always|kept to the familiar version of {}|took my old favourite for {}|stick to tradition with {}",
+            "novelty": "tried something different for {}|ran an experiment with {}|picked an exotic variant of {}|go for an unusual kind of {}",
+            "makes": "made all of {} from scratch|built what {} needed|used homemade things for {}|do {} by hand",
+            "buys": "ordered everything for {}|took ready made things for {}|had {} sorted by delivery|get {} off the shelf",
+            "exact": "measured everything for {}|timed {} with a stopwatch|was precise about {}|get {} right to the minute",
+            "rough": "went by feel with {}|eyeballed {}|made a rough guess at {}|do {} give or take"},
+        "move": "I moved to {}.|I live in {} now.|We unpacked; I'm living in {}.", "late": "Back in {} I lived in {}.",
+        "job": "I work at {}.|I started working at {}.|I switched to {}.", "other": "My sister moved to {}.",
+        "span": "I named the {} {} {}.", "ask": "What did I name the {}?"},
+    "validation": {
+        "phrases": {
+            "plans": "thought {} through a month before|made an outline of {}|had a spreadsheet for {}|lay out {} point by point",
+            "improvises": "made {} up as I went|took {} as it came|had no idea beforehand about {}|be spontaneous about {}",
+            "saves": "waited until {} was on sale|haggled over {}|kept the budget of {} tiny|spend as little as possible on {}",
+            "spends": "went first class with {}|ignored the price tag of {}|treated myself to the finest for {}|get a deluxe take on {}",
+            "alone": "kept {} to myself|wanted nobody around for {}|had {} in peace|have {} without company",
+            "together": "shared {} with the neighbours|teamed up for {}|filled the place with people for {}|let everyone join {}",
+            "careful": "read the warnings before {}|took no chances with {}|wore a helmet for {}|go for the safe side of {}",
+            "daring": "threw caution to the wind for {}|said yes to {} without looking|pushed {} to the edge|be bold about {}",
+            "routine": "repeated last year's version of {}|did {} as before|followed my habit with {}|do {} as ever",
+            "novelty": "tested a novel idea for {}|gave {} a twist nobody had seen|chose an unknown variant of {}|be curious about {}",
+            "makes": "sewed and glued things for {}|carved a piece for {}|put my own kit for {} into shape|have a handmade touch in {}",
+            "buys": "hired somebody for {}|picked things for {} from a catalogue|got {} prepackaged|leave {} to a store",
+            "exact": "counted every item of {}|used a ruler for {}|did the sums for {} to two decimals|calibrate {}",
+            "rough": "went with a ballpark for {}|did {} by eye|let {} come out somewhere near|do {} approximately"},
+        "move": "I relocated to {}.|These days I'm settled in {}.|I returned to {}.", "late": "In {} I was living in {}.",
+        "job": "I work for {}.|I joined {}.|I got a job at {}.", "other": "My sister is based in {}.",
+        "span": "The {} {} got a name from me: {}.", "ask": "How is the {} called?"}}
+CITIES = "Paris Berlin Rome Lima Oslo Quito Cairo Delhi Tokyo Lagos Perth Turin".split()
+FIRMS = "Acme Initech Globex Umbrella Hooli Stark Wayne Tyrell".split()
+NAMES = "Vega Juno Orla Milo Pip Zora Nemo Tilda Bruno Kiki Otto Wanda Fips Gus Luma Rollo".split()
+THINGS = {"bike": "thing I pedal", "boat": "thing I row", "kite": "thing I fly", "cactus": "thing I water", "lamp": "thing that glows",
+          "robot": "thing that beeps"}  # half of the span questions ask by paraphrase: easy ones would prove nothing
+FILLER = ([f"I {verb}" for verb in ("watched", "heard of", "thought about", "passed by", "talked about", "dreamt of", "saw", "forgot")],
+          ["an old film.", "a storm.", "the tram.", "a stranger.", "the news.", "a bridge.", "the moon.", "a lost key.", "the river."])
+KINDS = ("span", "current", "past", "how changed", "implicit seen", "implicit unseen")
+
+
+def make_persona(seed, bank):
+    """One generated life: [(ISO date, session, text)] and [(kind, question, options, index of the right one)]."""
+    rng = random.Random(f"persona-{seed}")
+    phrases = {pole: line.split("|") for pole, line in bank["phrases"].items()}
+    scenes = {d: line.split("|") for d, line in (SCENES | bank.get("scenes", {})).items()}
+    pairs = sorted({tuple(sorted((pole, POLES[pole][0]))) for pole in phrases})
+    poles = [rng.choice(pair) for pair in rng.sample(pairs, 4)]
+    domains = rng.sample(sorted(scenes), 10)
+    seen, unseen = domains[:6], domains[6:]
+    home = {pole: [seen[(i + k) % 6] for k in (0, 2, 3)] for i, pole in enumerate(poles)}  # where each habit shows
+    said, sessions = defaultdict(list), list(range(20))
+    for pole in poles:
+        for domain in home[pole]:
+            for phrase, scene, n in zip(phrases[pole][:3], rng.sample(scenes[domain][:3], 3), rng.sample(sessions, 3)):
+                said[n].append(f"I {phrase.format(scene)}.")
+        exception, place = rng.choice(phrases[POLES[pole][0]][:3]), rng.choice(scenes[rng.choice(seen)][:3])
+        said[rng.choice(sessions)].append(f"I {exception.format(place)}.")  # nobody is consistent
+        said[rng.choice(sessions)].append(f"My neighbour {rng.choice(phrases[POLES[pole][0]][:3]).format(place)}.")
+    cities, firms, names = rng.sample(CITIES, 6), rng.sample(FIRMS, 4), rng.sample(NAMES, 9)
+    for n, text, city in zip((1, 7, 13), bank["move"].split("|"), cities[1:4]):
+        said[n].append(text.format(city))
+    said[9].append(bank["late"].format(2021, cities[0]))
+    said[rng.choice((14, 16))].append(bank["other"].format(cities[4]))
+    for n, text, firm in zip((2, 8, 15), bank["job"].split("|"), firms):
+        said[n].append(text.format(firm))
+    for n, city in ((5, cities[5]), (11, cities[5]), (18, cities[1]), (19, cities[5])):  # to name a place is not to live there
+        said[n].append(f"I spent a day in {city}.")
+    for n in (6, 17):
+        said[n].append(f"I met somebody from {firms[3]}.")
+    things = rng.sample([(colour, thing) for colour in ("red", "blue", "green") for thing in THINGS], 9)
+    for (colour, thing), name in zip(things, names):
+        said[rng.choice(sessions)].append(bank["span"].format(colour, thing, name))
+    turns = []
+    for n in sessions:
+        day = (date(2024, 1, 3) + timedelta(14 * n)).isoformat()
+        texts = said[n] + [" ".join(map(rng.choice, FILLER)) for _ in range(8)]
+        rng.shuffle(texts)
+        turns += [(day, f"s{n}", text) for text in texts]
+    return turns, persona_questions(rng, bank, phrases, scenes, poles, home, unseen, cities, firms, dict(zip(things, names)))
+
+
+def persona_questions(rng, bank, phrases, scenes, poles, home, unseen, cities, firms, things):
+    out = []
+
+    def ask(kind, question, right, wrong):
+        options = [right, *wrong[:3]]
+        rng.shuffle(options)
+        out.append((kind, question, options, options.index(right)))
+    for i, (colour, thing) in enumerate(rng.sample(sorted(things), 6)):
+        wrong = sorted(things, key=lambda t: (t[0] != colour, t[1] != thing, t))  # near misses first
+        wrong = [things[t] for t in wrong if t != (colour, thing)]
+        ask("span", bank["ask"].format(f"{colour} {thing if i % 2 else THINGS[thing]}"), things[colour, thing], wrong)
+    for verb, chain, extra in (("live", cities[:4], cities[4:]), ("work", firms[:3], firms[3:])):
+        ask("current", f"Where do I {verb} now?", chain[-1], [extra[-1], *rng.sample(chain[:-1] + extra[:-1], 2)])
+        for i in range(1, len(chain)):
+            ask("past", f"Where did I {verb} before {chain[i]}?", chain[i - 1],
+                [extra[-1], *[c for c in chain if c not in chain[i - 1:i + 1]], *extra[:-1],
+                 *(c for c in (CITIES if verb == "live" else FIRMS) if c not in chain + extra)])
+        orders = [chain[::-1], [*chain[1:], chain[0]], [chain[1], chain[0], *chain[2:]]]
+        ask("how changed", f"How did where I {verb} change over time?", " → ".join(chain), [" → ".join(o) for o in orders])
+    for pole in poles:
+        others = [POLES[p][0] for p in poles if p != pole]
+        for kind, domain in [("implicit seen", rng.choice(home[pole]))] + [("implicit unseen", d) for d in rng.sample(unseen, 2)]:
+            scene = scenes[domain][3]
+            ask(kind, f"Which would suit me best for {scene}?", phrases[pole][3].format(scene),
+                [phrases[p][3].format(scene) for p in [POLES[pole][0], *rng.sample(others, 2)]])
+    return out
+
+
+OTHERS = re.compile(rf"\b({RELATIVES})\b")
+
+
+def choose(question, lines, options):
+    """The one answerer, for every kind of question and every condition: lines of context -> a score per option.
+
+    It may use the behaviour lexicon on any line, so that raw turns are not handicapped by a weaker reader.
+    """
+    asked = set(words(question))
+    about_me = [n for n in lines if not OTHERS.search(n.text)]  # the questions are all about the user
+    entries = sorted((t[:10], text) for n in about_me for t, text in n.entries if "no longer" not in text)
+
+    def dates(name, found=None):
+        return [t for t, text in (entries if found is None else found) if re.search(rf"\b{re.escape(name)}\b", text)]
+    limit = re.search(r"\bbefore (\w+)", question)
+    if CHANGE.search(question) or limit:  # where a line tells a whole story that answers, believe it before single mentions
+        wanted = [limit.group(1)] if limit else set.intersection(*(set(o.split(" → ")) for o in options))
+        chain = next((n.entries for n in about_me if "→" in n.text and all(w in n.text for w in wanted)), entries)
+        if limit:
+            end = (dates(limit.group(1), chain) or ["9999"])[0]
+            firsts = [(dates(option, chain) or ["9999"])[0] for option in options]
+            return [date.fromisoformat(f[:10]).toordinal() if f < end else 0 for f in firsts]
+        steps = [[(dates(name, chain) or [""])[0] for name in option.split(" → ")] for option in options]
+        return [sum(0.5 if not (a and b) else float(a < b) for a, b in zip(s, s[1:])) for s in steps]
+    if any(re.search(ASK[a], question) for a in ("residence", "employer")):
+        current = [entry for entry in entries if "current" in entry[1]]
+        return [date.fromisoformat(d[-1]).toordinal() if (d := dates(o, current or entries)) else 0 for o in options]
+    common, scores = set.intersection(*(set(words(o)) for o in options)), []
+    weights = [1 + len(asked & set(words(n.text))) for n in about_me]
+    for option in options:
+        own = set(words(option)) - common
+        lexical = max((w * len(own & set(words(n.text))) / max(len(own), 1) for n, w in zip(about_me, weights)), default=0)
+        shown, score = poles_of(option), 0
+        for n, w in zip(about_me, weights):
+            there = poles_of(n.text)
+            score += w * (any(p in there for p in shown) - any(POLES[p][0] in there for p in shown))
+        scores.append(lexical + score)
+    return scores
+
+
+def credit(scores, right):
+    """1 for the right choice, shared equally on a tie: without evidence exactly chance."""
+    best = [i for i, s in enumerate(scores) if math.isclose(s, max(scores), abs_tol=1e-9)]
+    return (right in best) / len(best)
+
+
+def placebo(store, rng):
+    """The same schemas and cores, but about behaviours drawn at random: as long, as many, and without information."""
+    fake = copy.copy(store)
+    fake.schemas, fake.cores = copy.deepcopy((store.schemas, store.cores))
+    for node in [*fake.schemas.values(), *fake.cores.values()]:
+        node.text = node.text.replace(POLES[node.behaviour][1], POLES[rng.choice(sorted(POLES))][1])
+    return fake
+
+
+CONDITIONS = {  # name -> switches of recall; "shared" = schemas displace facts instead of having a channel of their own
+    "raw TF-IDF": None,
+    "System1, links off": dict(schemas=False, links=False),
+    "System1": dict(schemas=False),
+    "System1+2, no sweep": dict(separate=True, sweep=False),
+    "System1+2": dict(separate=True),
+    "System1, more tokens": dict(schemas=False),  # as many as System1+2 spends in all
+    "placebo": dict(separate=True),
+    "System1+2, shared": dict(),
+    "placebo, shared": dict()}
+
+
+def raw_lines(store, question, budget):
+    """The baseline: TF-IDF over turns, best first, within the budget."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    turns = list(store.turns.values())
+    if not hasattr(store, "tfidf"):
+        store.tfidf = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), stop_words="english")
+        store.matrix = store.tfidf.fit_transform([t.text for t in turns])
+    scores, out = (store.matrix @ store.tfidf.transform([question]).T).toarray().ravel(), []
+    for i in sorted(range(len(turns)), key=lambda i: (-scores[i], -i)):  # ties: newest first, as in our reader
+        line = Line(turns[i].id, "raw", f"{turns[i].t[:10]} {turns[i].text}", turns[i].t, [(turns[i].t, turns[i].text)])
+        cost = count_tokens(f"[{line.id}] {line.text}")
+        if cost > budget:
+            break
+        budget -= cost
+        out.append(line)
+    return out
+
+
+def contexts(store, fake, question, now, budget):
+    """{condition: lines} for one question."""
+    out = {"raw TF-IDF": raw_lines(store, question, budget)}
+    for name, switches in CONDITIONS.items():
+        if switches is not None:
+            extra = sum(n.cost for n in out["System1+2"] if n.channel == "schema") if name == "System1, more tokens" else 0
+            out[name] = recall(fake if "placebo" in name else store, question, now, budget + extra, **switches).lines
+    return out
+
+
+def run_benchmark(bank, personas=60, budget=120, seed=0):
+    """-> {condition: array (personas, kinds) of mean credit}, and how much the extractor and the lexicon covered."""
+    from tqdm import tqdm
+    table, read, framed = {name: np.zeros((personas, len(KINDS))) for name in CONDITIONS}, 0, 0
+    for p in tqdm(range(personas), desc="personas", leave=False, disable=None):
+        turns, questions = make_persona(f"{seed}-{p}", bank)
+        memory, now = Memory(), turns[-1][0]
+        for day, session, text in turns:
+            memory.observe(text, day, session)
+        memory.sleep(now)
+        store = memory.store()
+        fake = placebo(store, random.Random(f"placebo-{seed}-{p}"))
+        read, framed = read + memory.read, framed + memory.framed
+        for k, kind in enumerate(KINDS):
+            chosen = [q for q in questions if q[0] == kind]
+            scores = defaultdict(list)
+            for _, question, options, right in chosen:
+                for name, lines in contexts(store, fake, question, now, budget).items():
+                    scores[name].append(credit(choose(question, lines, options), right))
+            for name, values in scores.items():
+                table[name][p, k] = np.mean(values)
+    lines = [(pole, phrase) for pole, line in bank["phrases"].items() for phrase in line.split("|")]
+    known = np.mean([poles_of(phrase.format("it")) == (pole,) for pole, phrase in lines])
+    return table, framed / max(read, 1), known
+
+
+def bootstrap(values, seed=0, rounds=2000):
+    """Mean and 95 % interval over personas (not questions: a few personas may decide everything)."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (rounds, len(values)))
+    low, high = np.percentile(values[draws].mean(1), (2.5, 97.5))
+    return values.mean(), low, high
+
+
+def print_benchmark(name, table, frames, lexicon, budget):
+    """One table, then the paper's claim in plain numbers. -> {label: (mean, low, high)} in points."""
+    print(f"\n{name} bank: {len(next(iter(table.values())))} personas, budget {budget} tokens, accuracy in %, chance 25;"
+          f" frames hit {frames:.0%} of clauses, lexicon knows {lexicon:.0%} of phrases")
+    print(f"{'':23}" + "".join(f"{kind:>17}" for kind in KINDS))
+    for condition, values in table.items():
+        cells = [bootstrap(100 * values[:, k]) for k in range(len(KINDS))]
+        print(f"{condition:23}" + "".join(f"{m:>9.1f} ±{(hi - lo) / 2:4.1f}  " for m, lo, hi in cells))
+    gain = 100 * (table["System1+2"] - table["System1"])
+    versus = 100 * (table["System1+2"] - table["placebo"])
+    longer = 100 * (table["System1+2"] - table["System1, more tokens"])
+    shared = 100 * (table["System1+2, shared"] - table["System1"])
+    sweep = 100 * (table["System1+2"] - table["System1+2, no sweep"])
+    facts = {"gain of System2, span": gain[:, 0], "gain, implicit seen": gain[:, 4], "gain, implicit unseen": gain[:, 5],
+             "headline: implicit - span": gain[:, 4:].mean(1) - gain[:, 0], "over placebo, implicit": versus[:, 4:].mean(1),
+             "over System1 with as many tokens": longer[:, 4:].mean(1),
+             "sweep alone, implicit unseen": sweep[:, 5], "shared budget, span": shared[:, 0],
+             "shared budget, implicit": shared[:, 4:].mean(1)}
+    facts = {label: tuple(round(float(x), 1) for x in bootstrap(values)) for label, values in facts.items()}
+    for label, (mean, low, high) in facts.items():
+        print(f"  {label:34} {mean:+6.1f}  [{low:+.1f}, {high:+.1f}]")
+    return facts
 
 
 # ------------------------------------------------------------------ real corpora: loaders and evaluation

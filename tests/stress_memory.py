@@ -93,11 +93,11 @@ def leaks(memory, now="2026-01-01"):
     return out
 
 
-def run(histories, seed=0):
+def run(histories, seed=0, length=40):
     """-> operations done; raises AssertionError with the seed of the history that broke an invariant."""
     total = 0
     for n in range(histories):
-        for memory, (what, detail, fine) in random_history(random.Random(f"{seed}-{n}")):
+        for memory, (what, detail, fine) in random_history(random.Random(f"{seed}-{n}"), length):
             total += 1
             problems = memory.check() + leaks(memory) + ([] if fine else [f"{what} broke its promise"])
             assert not problems, f"history {seed}-{n}, after {what} {detail!r}: {problems[:3]}"
