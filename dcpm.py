@@ -1,3 +1,5 @@
+"""DCPM: an agent memory that says why it believes something (dual-process cognitive memory, arXiv 2606.09483).
+"""
 import argparse
 import ast
 import copy
@@ -155,6 +157,7 @@ class Claim:
     reliability: float = 0.9  # 0.9 said outright, 0.6 hedged, 0.5 inferred, 0.4 reported by another
     until: str = ""  # last day of a plan
     detail: bool = False  # carries a qualifier ("mostly jazz")
+    slot: tuple = None  # set when a model has already matched the claim to an existing chain
 
 
 @dataclass
@@ -233,7 +236,7 @@ class Event:
     data: dict
 
 
-class MemoryError_(Exception):
+class DcpmError(Exception):
     """A write that would break an invariant, or a file that cannot be read; nothing has been changed."""
 
 
@@ -294,12 +297,12 @@ class Store:
         return event
 
     def apply(self, event):
-        """Apply one event. Raises MemoryError_ before anything has changed."""
+        """Apply one event. Raises DcpmError before anything has changed."""
         data = event.data
         if event.op == "RAW":
             turn = Turn(**data["turn"])
             if turn.id in self.turns:
-                raise MemoryError_(f"turn {turn.id} exists already; turns are append-only")
+                raise DcpmError(f"turn {turn.id} exists already; turns are append-only")
             self.turns[turn.id] = turn
             self.clock = max(self.clock, turn.t)
             self.turn_index.add(turn.id, words(turn.text))
@@ -332,7 +335,7 @@ class Store:
         before, after = self.beliefs.get(prev), self.beliefs.get(next)
         fits = before.next == next if before else after.prev is None if after else belief.slot not in self.heads
         if not fits or belief.id in self.beliefs:
-            raise MemoryError_(f"{belief.id} would fork the chain of {belief.slot}; read the head again and retry")
+            raise DcpmError(f"{belief.id} would fork the chain of {belief.slot}; read the head again and retry")
         belief.prev, belief.next, belief.link_kind = prev, next, kind if before else None
         if before:
             before.next = belief.id
@@ -412,10 +415,10 @@ POLES = {  # pole -> (opposite, gloss, cues); a cue is a stemmed word or phrase
 }
 DOMAINS = {
     "cooking": "cook dinner bake cake stew kitchen meal recipe lunch soup roast pasta",
-    "travel": "trip flight train travel journey hotel holiday vacation airport ferry",
+    "travel": "trip flight journey travel hotel holiday vacation airport ferry",
     "work": "work report office meeting presentation client deadline project colleague conference",
     "garden": "garden flower bed seed tomato lawn hedge rose compost greenhouse",
-    "sport": "run marathon gym race hike swim workout climb training",
+    "sport": "run marathon gym race hike swim workout climb",
     "home": "flat apartment kitchenette shelf shelves wall furniture bedroom repair bathroom",
     "music": "guitar concert song piano choir record band gig melody",
     "study": "exam course class lecture essay thesis study homework seminar",
@@ -585,6 +588,8 @@ def _read_clause(body, me, t):
 # ------------------------------------------------------------------ System1: inside every write
 def member_of(store, claim):
     """Complete a claim's slot: single-valued attributes have no member, others one chain per value."""
+    if claim.slot:
+        return claim.slot
     attribute, value = claim.attribute, key(claim.value)
     if attribute == "?":  # "gave up coffee": whichever live chain is about coffee
         options = [a for a in ("likes", "hobby", "possession", "diet", "habit") if (claim.subject, a, value) in store.heads]
@@ -714,9 +719,15 @@ def name_core_rules(members):
     return behaviour, f"In unrelated parts of life, {who} {POLES[behaviour][1]}."
 
 
+WITHDRAWN = "(withdrawn: it rested on something the user asked to forget)"
+
+
 def refresh_schema(schema, store, opposite):
     """Live support, confidence (s + 1) / (s + x + 2), status: what a schema loses when its facts are superseded."""
-    schema.evidence = sorted(i for i in schema.evidence if store.beliefs[i].status != "suppressed")
+    allowed = sorted(i for i in schema.evidence if store.beliefs[i].status != "suppressed")
+    if len(allowed) < len(schema.evidence) and schema.behaviour not in POLES:  # a model's words may give away what was forgotten
+        schema.text, allowed = WITHDRAWN, []
+    schema.evidence = allowed
     schema.live = [i for i in schema.evidence if store.beliefs[i].status == "active" and store.beliefs[i].polarity == 1]
     s = len({store.beliefs[i].slot for i in schema.live})  # a chain counts once, by its head
     schema.confidence = round((s + 1) / (s + opposite + 2), 4)
@@ -784,6 +795,8 @@ def refresh_core(core, schemas, store):
             best[schemas[m].domain] = max(best.get(schemas[m].domain, 0), schemas[m].confidence)
     core.status = "stable" if len(best) >= 2 else "dormant"
     core.confidence = sorted(best.values())[-2] if len(best) >= 2 else 0.0
+    if any(schemas[m].text == WITHDRAWN for m in core.members):
+        core.text, core.status = WITHDRAWN, "dormant"
 
 
 def plan_sleep(store, now, induce=induce_rules, name_core=name_core_rules, sweep=True):
@@ -795,6 +808,7 @@ def plan_sleep(store, now, induce=induce_rules, name_core=name_core_rules, sweep
         id_ = store.new_id("s", subject, domain, behaviour)
         if id_ in schemas or len(ids) >= 2:
             schema = schemas.setdefault(id_, Schema(id_, subject, domain, behaviour, text, now))
+            schema.text = text if schema.text == WITHDRAWN else schema.text
             schema.vector, schema.evidence = vector, list(set(schema.evidence) | set(ids))
     shows = Counter((b.slot[0], b.domain, tag) for b in pool for tag in b.tags)
     for schema in schemas.values():
@@ -1045,8 +1059,8 @@ def answer_rules(store, question, now):
         if CHANGE.search(question):
             return chain_line(store, slot).text, [b.id for b in chain]
         if re.match(r"why\b", low):
-            quoted = store.turns[head.sources[-1][0]]
-            return f"{head.reason or 'no reason given'} — “{quoted.text}”", [head.id]
+            turn, start, end, _ = head.sources[0]
+            return f"{head.reason or 'no reason given'} — “{store.turns[turn].text[start:end]}”", [head.id]
         if PAST.search(question):
             known = [b for b in chain if b.link_kind != "refine"]
             named = [i for i, b in enumerate(known) if b.value and key(b.value) in key(question)]
@@ -1094,6 +1108,9 @@ class Memory:
         store.commit("RAW", [turn.id], turn.id, turn=asdict(turn))
         if self.backend:
             claims, forget = self.backend.extract(store, turn)
+            if claims is None:  # the turn is kept, nothing is claimed, and the failure is on record
+                store.commit("FAILED", [turn.id], turn.id, "no usable answer from the model")
+                claims = []
         else:
             claims, forget, read, framed = extract_rules(turn)
             self.read, self.framed = self.read + read, self.framed + framed
@@ -1150,7 +1167,7 @@ class Memory:
         elif node := store.turns.get(id_):
             below = []
         else:
-            raise MemoryError_(f"there is no record {id_!r}; recall(...).ids lists the ids you can ask about")
+            raise DcpmError(f"there is no record {id_!r}; recall(...).ids lists the ids you can ask about")
         if getattr(node, "status", "") == "suppressed":
             return {"id": id_, "text": "(forgotten on request)", "because": []}
         return {"id": id_, "text": node.text, "because": below}
@@ -1178,7 +1195,7 @@ class Memory:
             for user, log in data["users"].items():
                 memory.stores[user] = replay([Event(**e) for e in log], user)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise MemoryError_(f"{path} is not a memory saved by dcpm.py ({error}); restore it from a copy") from error
+            raise DcpmError(f"{path} is not a memory saved by dcpm.py ({error}); restore it from a copy") from error
         return memory
 
     def dump(self, user="user"):
@@ -1598,7 +1615,7 @@ def load_personamem(path, questions_path):
         try:
             contexts.update(json.loads(line) if line.strip() else {})
         except ValueError as error:
-            raise MemoryError_(f"{path}, line {number}: not JSON ({error})") from error
+            raise DcpmError(f"{path}, line {number}: not JSON ({error})") from error
     rows = defaultdict(list)
     with open(questions_path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -1638,11 +1655,11 @@ def load_corpus(path, format="", questions=""):
     """File -> list of samples; the format is detected from the first record when it is not given."""
     path = Path(path)
     if not path.is_file():
-        raise MemoryError_(f"--data {path}: there is no such file")
+        raise DcpmError(f"--data {path}: there is no such file")
     if path.suffix == ".jsonl" or format == "personamem" and questions:
         questions = questions or str(path).replace("context", "questions").replace(".jsonl", ".csv")
         if not Path(questions).is_file():
-            raise MemoryError_(f"PersonaMem needs its questions file too: --questions FILE.csv (looked for {questions})")
+            raise DcpmError(f"PersonaMem needs its questions file too: --questions FILE.csv (looked for {questions})")
         return list(load_personamem(path, questions))
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -1651,13 +1668,13 @@ def load_corpus(path, format="", questions=""):
         kind = ("locomo" if "conversation" in keys else "longmemeval" if "haystack_sessions" in keys
                 else "personamem" if "related_conversation_snippet" in keys else "")
         if not kind or format and format != kind:
-            raise MemoryError_(f"--data {path}: this does not look like {format or 'any format that I know'}; "
+            raise DcpmError(f"--data {path}: this does not look like {format or 'any format that I know'}; "
                                f"its first record has {sorted(keys)[:8]}")
         rows = data if isinstance(data, list) else [data]
         return list(load_locomo(rows) if kind == "locomo" else load_longmemeval(rows) if kind == "longmemeval"
                     else load_personamem_v2(rows, path.parent))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise MemoryError_(f"--data {path}: a record is not as expected ({type(error).__name__}: {error})") from error
+        raise DcpmError(f"--data {path}: a record is not as expected ({type(error).__name__}: {error})") from error
 
 
 def ingest(sample, backend=None, memory=None, first=0, last=None):
@@ -1696,3 +1713,380 @@ def evidence_recall(sample, memory, ids):
             order = rank(question.text)
             out[question.category, name].append([len(gold & set(order[:k])) / len(gold) for k in (5, 10, 20)])
     return out
+
+
+# ------------------------------------------------------------------ LLM backend: the same four jobs, by a chat model
+STRICT = "You maintain the memory of an assistant. Reply with one JSON object and nothing else."
+EXTRACT = """Conversation date: {t}. Earlier messages, for reference only:
+{before}
+
+New message by {speaker}:
+<message>
+{text}
+</message>
+
+List what the new message itself claims about {speaker} or the people around them. Not a claim: questions, quotations, hypotheses.
+Resolve relative dates against the conversation date. Make attitudes that are only implied explicit.
+{{"claims": [{{"subject": "{speaker}" or e.g. "sister", "attribute": one of {attributes}, "value": short value,
+"text": one self-contained sentence, "polarity": 1 holds, -1 no longer or dislikes, 0 taken back, "layer": "fact" or "identity",
+"when": "YYYY-MM-DD" since when, "until": "YYYY-MM-DD" for a plan, else "", "quote": the exact words}}],
+"forget": [what the message asks to forget]}}"""
+RECONCILE = """Known chains, newest version last:
+{chains}
+
+New items:
+{items}
+
+For each item that speaks of the same thing as a known one give {{"item": number, "op": "CONFIRM" (nothing new), "REFINE" (more
+detail, compatible) or "SUPERSEDE" (both cannot be true now), "id": the known id}}. Leave out items about something else.
+Two likes can coexist. {{"operations": [...]}}"""
+INDUCE = """Facts about one person, each with its id:
+{facts}
+
+Known regularities of this person:
+{schemas}
+
+Name behavioural regularities inside one area of life that at least three facts from different days support; none is a good answer.
+Prefer to extend a known one: repeat its "domain" and "behaviour" word for word. "behaviour" names the style or motive in two to four words
+without any noun of the area. {{"schemas": [{{"domain": "...", "behaviour": "...", "text": "circumstance, habit and motive in one
+sentence", "evidence": [ids]}}]}}"""
+CORE = """These habits of one person come from different areas of life:
+{schemas}
+
+Is there one sentence that explains why they go together? {{"behaviour": two to four words or null, "text": the sentence or null}}"""
+ANSWER = """What is known about the user:
+{context}
+
+Question: {question}
+Answer briefly from what is known; if it is not known, say that there is no information."""
+ATTRIBUTES = sorted(SINGLE | {"likes", "hobby", "possession", "condition", "habit", "plan", "opinion", "event"})
+
+
+class LLM:
+    """Chat model as extractor, reconciler, inducer and answerer. `chat`: list of conversations -> list of texts or None.
+
+    It proposes; the decision table and the store dispose: a model can choose among ids it was shown, never set a link.
+    """
+
+    def __init__(self, chat, name="", tries=3):
+        self.chat, self.name, self.tries = chat, name, tries
+        self.cache, self.calls, self.failures = {}, 0, Counter()
+
+    @classmethod
+    def load(cls, model, model_name="", max_new_tokens=512):
+        import common  # only here: the rule backend needs neither torch nor transformers
+        return cls(common.chat_backend(model, model_name, max_new_tokens, 0.0), f"{model} {model_name} {max_new_tokens}")
+
+    def ask(self, kind, prompt, check):
+        """-> check(JSON object), or None after `tries` answers that do not parse. Cached by prompt: sleep must be repeatable."""
+        address = hashlib.sha256(f"{self.name}\0{prompt}".encode()).hexdigest()
+        if address not in self.cache:
+            talk, value = [{"role": "system", "content": STRICT}, {"role": "user", "content": prompt}], None
+            for _ in range(self.tries):
+                self.calls += 1
+                text = self.chat([talk])[0]
+                try:
+                    value = json.loads(re.search(r"\{.*\}", text or "", re.S).group())
+                    check(value)
+                    break
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    value, why = None, f"{type(error).__name__}: {error}"
+                    talk = talk[:2] + [{"role": "assistant", "content": (text or "")[:2000]},  # greedy: the same prompt would
+                                       {"role": "user", "content": f"Not usable ({why}). One JSON object."}]  # fail the same way
+            self.cache[address] = value
+            self.failures[kind] += value is None
+        value = self.cache[address]
+        return None if value is None else check(value)
+
+    def extract(self, store, turn):
+        """-> (claims, what to forget), or (None, []) when the model gave nothing usable."""
+        if turn.speaker == "assistant":
+            return [], []
+        before = "\n".join(f"{t.speaker}: {t.text[:300]}" for t in list(store.turns.values())[-21:-1]) or "(none)"
+
+        def check(data):
+            claims = []
+            for c in data["claims"]:
+                attribute = c["attribute"] if c["attribute"] in ATTRIBUTES else "event"
+                at = turn.text.find(str(c.get("quote") or "\0"))  # a quote that is not verbatim: the whole turn is the span
+                span = (at, at + len(c["quote"])) if at >= 0 else (0, len(turn.text))
+                when, until = (str(c.get(k) or "")[:10] for k in ("when", "until"))
+                when = when if re.fullmatch(r"\d{4}-\d\d-\d\d", when) and when < turn.t[:10] else turn.t
+                until = date.fromisoformat(until).isoformat() if until else ""
+                if c.get("polarity", 1) not in (1, 0, -1) or not key(str(c["value"])) and c.get("polarity") != 0 or span[1] <= span[0]:
+                    raise ValueError("each claim needs a value, and a polarity of 1, 0 or -1")
+                subject = str(c.get("subject") or turn.speaker)
+                claims.append(Claim(attribute, str(c["value"])[:200], str(c["text"])[:500], span, subject, c.get("polarity", 1),
+                                    "identity" if c.get("layer") == "identity" else "fact", when, until=until))
+            return claims, [str(f) for f in data.get("forget", [])]
+        claims, forget = self.ask("extract", EXTRACT.format(t=turn.t, before=before, speaker=turn.speaker, text=turn.text,
+                                                            attributes=ATTRIBUTES), check) or (None, [])
+        return self.reconcile(store, claims) if claims else claims, forget
+
+    def reconcile(self, store, claims):
+        """Match claims to chains they belong to. Ids outside the candidates are refused."""
+        near = list(dict.fromkeys(b.slot for c in claims for b in top_beliefs(store, f"{c.value} {c.text}", 20)
+                                  if b.status != "suppressed"))[:20]
+        if not near:
+            return claims  # nothing to compare with: all are new
+        shown = {store.heads[slot]: " -> ".join(f"{b.text} ({b.t_event[:10]})" for b in store.chain(slot)) for slot in near}
+
+        def check(data):
+            out = {}
+            for o in data["operations"]:
+                if o["id"] not in shown or not 0 <= int(o["item"]) < len(claims) or o["op"] not in ("CONFIRM", "REFINE", "SUPERSEDE"):
+                    raise ValueError(f"{o} names an id, item or op that was not offered")
+                out.setdefault(int(o["item"]), (o["op"], o["id"]))
+            return out
+        prompt = RECONCILE.format(chains="\n".join(f"[{i}] {text}" for i, text in shown.items()),
+                                  items="\n".join(f"{i}. {c.text}" for i, c in enumerate(claims)))
+        for item, (op, id_) in (self.ask("reconcile", prompt, check) or {}).items():
+            claim, head = claims[item], store.beliefs[id_]
+            if claim.subject == head.slot[0]:
+                claim.slot = head.slot
+                if op != "SUPERSEDE":
+                    claim.value, claim.polarity, claim.detail = head.value, head.polarity, op == "REFINE"
+        return claims
+
+    def induce(self, store, pool):
+        """Uncited beliefs, clustered by their words, to the model; -> schemas as `induce_rules` returns them."""
+        cited, found = {i for s in store.schemas.values() for i in s.evidence}, []
+        for subject in store.speakers:
+            mine = [b for b in pool if b.slot[0] == subject and b.id not in cited][-400:]
+            known = [s for s in store.schemas.values() if s.subject == subject]
+            if len(mine) < 3:
+                continue
+            from sklearn.feature_extraction.text import TfidfVectorizer
+            labels = two_stage_dbscan(TfidfVectorizer(analyzer=words).fit_transform([b.text for b in mine]).toarray())
+            loose = [b for b, label in zip(mine, labels) if label < 0]  # in no cluster: handed over too, in portions
+            groups = [[b for b, x in zip(mine, labels) if x == label] for label in sorted(set(labels) - {-1})]
+            for group in groups + [loose[i:i + 30] for i in range(0, len(loose), 30)]:
+                shown = {b.id for b in group}
+
+                def check(data):
+                    for s in data["schemas"]:
+                        if not set(s["evidence"]) <= shown or not words(s["behaviour"]) or not s["domain"] or not s["text"]:
+                            raise ValueError("evidence must be ids from the list; domain, behaviour and text must be given")
+                    return data["schemas"]
+                prompt = INDUCE.format(facts="\n".join(f"[{b.id}] {b.t_event[:10]} {b.text}" for b in group),
+                                       schemas="\n".join(f"{s.domain} / {s.behaviour}: {s.text}" for s in known) or "(none)")
+                for s in self.ask("induce", prompt, check) or []:
+                    label = words(s["behaviour"])
+                    found.append((subject, str(s["domain"]).lower(), str(s["behaviour"]).lower(), str(s["text"])[:300],
+                                  {w: round(1 / len(set(label)), 4) for w in sorted(set(label))}, s["evidence"]))
+        return found
+
+    def name_core(self, members):
+        def check(data):
+            return (str(data["behaviour"]).lower(), str(data["text"])[:300]) if data["behaviour"] and data["text"] else ()
+        return self.ask("core", CORE.format(schemas="\n".join(f"{m.domain}: {m.text}" for m in members)), check) or None
+
+    def answer(self, context, question):
+        self.calls += 1
+        talk = [{"role": "user", "content": ANSWER.format(context=context or "(nothing)", question=question)}]
+        return self.chat([talk])[0] or "no information"
+
+
+def token_f1(answer, gold):
+    """F1 over stemmed tokens without articles and punctuation (a crude stemmer; the benchmark uses Porter's)."""
+    a, g = ([stem(w) for w in re.findall(r"[a-z0-9]+", t.lower()) if w not in ("a", "an", "the", "and")] for t in (answer, gold))
+    same = sum((Counter(a) & Counter(g)).values())
+    return 2 * same / (len(a) + len(g)) if same else 0.0
+
+
+def score_answer(reply, question):
+    """The benchmark's own metric; for LongMemEval containment, a stand-in for its judge."""
+    if question.options:
+        found = re.findall(r"\(([a-d])\)", reply.lower()) or re.findall(r"\b([a-d])\b", reply.lower())
+        return float(set(found) == {question.answer})
+    unknown = re.search(r"no information|not mentioned|not known|don't know", reply, re.I)
+    if question.category == "adversarial" or question.category.endswith("_abs"):
+        return float(bool(unknown))
+    if question.category in CATEGORY.values():
+        if question.category == "multi-hop":
+            return float(np.mean([max(token_f1(part, gold) for part in reply.split(",")) for gold in question.answer.split(",")]))
+        return token_f1(reply, question.answer.split(";")[0] if question.category == "open-domain" else question.answer)
+    return float(" ".join(words(question.answer)) in " ".join(words(reply)))
+
+
+def evaluate_corpus(args, backend):
+    """Ingest every sample; print evidence recall by category, and scored answers where something can answer."""
+    samples = load_corpus(args.data, args.format, args.questions)
+    samples = [s for s in samples if args.sample in ("", s.name)]
+    if not samples:
+        raise DcpmError(f"--sample {args.sample}: no such sample in {args.data}")
+    found, scores, read, framed, failures = defaultdict(list), defaultdict(list), 0, 0, Counter()
+    for sample in samples:
+        if args.sessions:
+            keep = list(dict.fromkeys(session for _, session, *_ in sample.turns))[:args.sessions]
+            sample.turns = [t for t in sample.turns if t[1] in keep]
+        memory, done = Memory(backend), 0
+        for question in sorted(sample.questions, key=lambda q: q.end or len(sample.turns)):
+            end = min(question.end or len(sample.turns), len(sample.turns))
+            memory, ids = ingest(sample, memory=memory, first=done, last=end)  # never a turn beyond the question's end
+            done = end
+            if (backend or question.options) and sum(map(len, scores.values())) < args.ask:
+                scores[question.category].append(score_answer(reply_to(memory, question, backend), question))
+        if not sample.questions:
+            memory, ids = ingest(sample, memory=memory)
+        for where, values in evidence_recall(sample, memory, ids).items():
+            found[where] += values
+        read, framed = read + memory.read, framed + memory.framed
+        store = memory.store()
+        print(f"{sample.name}: {len(store.turns)} turns, {len(store.beliefs)} beliefs on {len(store.heads)} chains")
+    if backend:
+        print(f"model calls {backend.calls}, failures after {backend.tries} tries: {dict(+backend.failures) or 'none'}")
+    else:
+        print(f"rule extractor: {framed} of {read} claims hit a frame, the others were kept as free facts")
+    print_evidence(found)
+    for category, values in sorted(scores.items()):
+        print(f"  answers, {category:40} {np.mean(values):.3f}  ({len(values)} questions)")
+
+
+def reply_to(memory, question, backend):
+    """With a model: its reply. Without: a letter by the benchmark's rule answerer (a sanity figure, not a reader)."""
+    if backend:
+        text = question.text + "".join(f"\n{o}" for o in question.options) + ("\nEnd with the letter." if question.options else "")
+        return memory.answer(text, question.now)[0]
+    lines = memory.recall(question.text, question.now).lines
+    scores = choose("", lines, question.options)
+    return f"({'abcd'[int(np.argmax(scores))]})"
+
+
+def print_evidence(found):
+    if not found:
+        print("this corpus marks no evidence turns: there is no recall to measure")
+        return
+    print(f"\nevidence recall @5 / @10 / @20{'':20}" + "".join(f"{r:^22}" for r in ("TF-IDF", "BM25", "DCPM")))
+    categories = list(dict.fromkeys(c for c, _ in found))
+    for category in [*categories, "all questions"]:
+        rows = [np.array([v for (c, r), values in found.items() if r == ranker and category in (c, "all questions") for v in values])
+                for ranker in ("TF-IDF", "BM25", "DCPM")]
+        print(f"  {category:34} {len(rows[0]):4} questions " + "".join(f"  {a:.3f} {b:.3f} {c:.3f} " for a, b, c in (r.mean(0) for r in rows)))
+
+
+# ------------------------------------------------------------------ the command
+STORY = (("2024-01-08", "monday", "I live in Paris. I work at Acme. My sister moved to Oslo."),
+         ("2024-01-20", "cooking", "I wrote a checklist for the dinner. I like coffee."),
+         ("2024-02-03", "trip", "I drew up an itinerary for the flight. I run alone."),
+         ("2024-02-17", "office", "I prepared the report weeks ahead. I mapped out the cake step by step."),
+         ("2024-03-02", "spring", "I moved to Berlin because Acme closed its Paris office. I went to the gym by myself."),
+         ("2024-03-16", "april", "I booked the hotel in advance. I borrowed a guitar. I made an agenda for the meeting. I have migraines."),
+         ("2024-03-30", "easter", "I had a list for the stew. I did the race solo. I still live in Berlin."),
+         ("2024-04-13", "late", "Back in 2021 I lived in Rome. I had a schedule for the train journey. Maybe I'll move to Lima."),
+         ("2024-04-27", "plans", "I made a timetable for the project. I gave up coffee. I'm flying to Rome on 10 June."),
+         ("2024-05-11", "last", "I got a concert ticket on sale. I haggled over a piano. "
+                               "Please forget that I have migraines."))
+
+
+def tell_story():
+    """One persona, ten sessions, one night: what gets written, revised, generalised, forgotten, and why it is believed."""
+    memory = Memory()
+    print("1. By day: every message is kept verbatim, read, and reconciled with what is already believed.\n")
+    for day, session, text in STORY:
+        print(f'   {day}  "{text}"')
+        ops = memory.observe(text, day, session)
+        print("               " + ", ".join(f"{op} {id_}" for op, id_ in ops))
+    home = ("user", "residence", None)
+    print("\n2. A belief that was revised is a chain, not an overwritten row (told late: Rome was spliced in front):\n")
+    print("   " + chain_line(memory.store(), home).text)
+    for question in ("Where do I live?", "Where did I live before Berlin?", "Why do I live in Berlin?", "Do I like coffee?",
+                     "Do I have migraines?"):
+        text, ids = memory.answer(question, "2024-05-12")
+        print(f"   {question:34} {text}   {ids}")
+    memory.sleep("2024-05-12")
+    store = memory.store()
+    print("\n3. By night: habits inside one domain become schemas; habits alike across domains become core schemas.\n")
+    for node in [*store.schemas.values(), *store.cores.values()]:
+        print(f"   [{node.id}] {node.text}  {node.status}, confidence {node.confidence:.2f}, {len(node.evidence)} beliefs")
+    question = "How should I get ready for my first aquarium?"
+    print(f"\n4. Next morning, about a domain that was never mentioned: “{question}”\n")
+    for line in memory.recall(question, "2024-05-12", 60, schemas=True, separate=True).text.splitlines():
+        print("   " + line)
+    core = next(iter(store.cores.values()))
+    print(f"\n5. Why does it believe that? why({core.id!r}), down to the words that were said:\n")
+    tree = memory.why(core.id)
+    print(f"   {tree['text']}")
+    for schema in tree["because"]:
+        print(f"     because [{schema['id']}] {schema['text']}")
+        for belief in schema["because"][:2]:
+            for source in belief["because"]:
+                print(f"       because [{belief['id']}] {source['t']}: “{source['text']}”")
+    print(f"\n   all invariants hold: {not memory.check()}\n")
+
+
+def lexicon_hash():
+    """What must not change between writing the test bank and reporting it."""
+    return digest(POLES, DOMAINS, [(a, p, layer, f.pattern) for a, p, layer, f in FRAMES])
+
+
+def log_heldout(facts, table, path):
+    """Append date, commit, hashes and figures to a log outside the repository; old results stay."""
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip()
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "four-papers"
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit, "lexicon": lexicon_hash(), "bank": digest(path.read_text()),
+             "facts": facts, "accuracy": {c: np.round(100 * v.mean(0), 1).tolist() for c, v in table.items()}}
+    with open(folder / "dcpm_heldout.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    print(f"\nlogged to {folder / 'dcpm_heldout.jsonl'}")
+
+
+def benchmark(args):
+    banks = dict(BANKS)
+    if args.heldout:
+        path = Path(__file__).resolve().parent / "tests" / "dcpm_heldout_bank.json"
+        banks = {"held-out": json.loads(path.read_text(encoding="utf-8"))}
+    print(f"The miniature benchmark. Lexicon and frames {lexicon_hash()}; collision iff behaviour >= {BEHAVIOUR_ALIKE} and content"
+          f" < {CONTENT_UNLIKE}. ± is half a 95 % bootstrap interval over personas.")
+    for name, bank in banks.items():
+        table, frames, lexicon = run_benchmark(bank, args.personas, args.budget, args.seed)
+        facts = print_benchmark(name, table, frames, lexicon, args.budget)
+        span, seen, unseen = (facts[k] for k in ("gain of System2, span", "gain, implicit seen", "gain, implicit unseen"))
+        print(f"  Does System2 help most on implicit questions and least on span? "
+              f"{'Yes' if min(seen[1], unseen[1]) > span[2] else 'Not shown'} on this bank: {seen[0]:+.1f} and {unseen[0]:+.1f} against "
+              f"{span[0]:+.1f} points,\n  but only {facts['over System1 with as many tokens'][0]:+.1f} over a System1 that may show as many tokens.")
+        if args.heldout:
+            log_heldout(facts, table, path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="dcpm.py", allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.add_argument("--personas", type=int, default=60, help="generated personas in the miniature benchmark")
+    parser.add_argument("--budget", type=int, default=120, help="tokens of context per question in the benchmark")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--heldout", action="store_true", help="run the test bank instead, and log the result outside the repository")
+    parser.add_argument("--data", default="", help="a LoCoMo, LongMemEval or PersonaMem file: ingest it and print evidence recall")
+    parser.add_argument("--format", default="", choices=["", "locomo", "longmemeval", "personamem"], help="detected if not given")
+    parser.add_argument("--questions", default="", help="PersonaMem: the questions csv (looked for beside --data)")
+    parser.add_argument("--sample", default="", help="only the sample of this name, e.g. conv-26")
+    parser.add_argument("--sessions", type=int, default=0, help="only the first N sessions of each sample (0 = all)")
+    parser.add_argument("--ask", type=int, default=100000, help="answer at most N questions")
+    parser.add_argument("--backend", default="rules", choices=["rules", "llm"])
+    parser.add_argument("--model", default="", help="llm: a Hugging Face chat model, a folder, or the URL of a server")
+    parser.add_argument("--model_name", default="", help="llm: the server's name of the model")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="llm: longest reply")
+
+    def fail(message):
+        print(f"dcpm.py: {message}", file=sys.stderr)
+        raise SystemExit(2)
+    parser.error = fail
+    args = parser.parse_args(argv)
+    if args.personas < 2 or args.budget < 0 or args.sessions < 0 or args.ask < 0:
+        fail("--personas must be at least 2; --budget, --sessions and --ask must not be negative")
+    if (args.backend == "llm") != bool(args.model) or (args.model and not args.data):
+        fail("--backend llm goes with --model NAME and --data FILE")
+    try:
+        if args.data:
+            evaluate_corpus(args, LLM.load(args.model, args.model_name, args.max_new_tokens) if args.model else None)
+        else:
+            if not args.heldout:
+                tell_story()
+            benchmark(args)
+    except DcpmError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dcpm
-from dcpm import Memory, MemoryError_
+from dcpm import Memory, DcpmError
 
 HOME, WORK = ("user", "residence", None), ("user", "employer", None)
 
@@ -261,7 +261,7 @@ def test_26_save_and_load(tmp_path):
     question = ("Where do I live and how do I cook?", "2024-06-02")
     assert again.recall(*question) == memory.recall(*question) and again.check() == []
     (tmp_path / "cut.json").write_text((tmp_path / "m.json").read_text()[:200])
-    with pytest.raises(MemoryError_, match="not a memory"):
+    with pytest.raises(DcpmError, match="not a memory"):
         Memory.load(tmp_path / "cut.json")
 
 
@@ -294,7 +294,7 @@ def test_a_chain_cannot_fork():
     store, before = memory.store(), dcpm.snapshot(memory.store())
     node = dcpm.copy.deepcopy(store.head(HOME))
     node.id = "b99"
-    with pytest.raises(MemoryError_, match="fork"):
+    with pytest.raises(DcpmError, match="fork"):
         store.commit("SUPERSEDE", [node.id], belief=dcpm.asdict(node), prev=store.chain(HOME)[0].id, kind="supersede")
     assert dcpm.snapshot(store) == before
 
