@@ -1,0 +1,167 @@
+"""The language-model backend against scripted models: good, cut, wrong-id, empty and hostile JSON."""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dcpm
+from dcpm import LLM, Memory
+
+HOME = ("user", "residence", None)
+
+
+def claim(value, text, attribute="residence", **more):
+    return {"subject": "user", "attribute": attribute, "value": value, "text": text, "polarity": 1, "layer": "fact", **more}
+
+
+class Script:
+    """A chat model that answers each kind of prompt from a list; the last answer repeats."""
+
+    def __init__(self, **answers):
+        self.answers, self.seen = answers, []
+
+    def __call__(self, conversations):
+        out = []
+        for talk in conversations:
+            prompt = talk[1]["content"] if len(talk) > 1 else talk[0]["content"]
+            kind = ("extract" if "New message" in prompt else "reconcile" if "Known chains" in prompt else
+                    "induce" if "regularities" in prompt else "core" if "These habits" in prompt else "answer")
+            self.seen.append((kind, talk))
+            line = self.answers.get(kind, ["{}"])
+            answer = line.pop(0) if len(line) > 1 else line[0]
+            out.append(answer if isinstance(answer, (str, type(None))) else json.dumps(answer))
+        return out
+
+    def count(self, kind):
+        return sum(k == kind for k, _ in self.seen)
+
+
+def test_good_answers_go_through_the_same_chains():
+    chat = Script(extract=[{"claims": [claim("Paris", "The user lives in Paris.", quote="I live in Paris")]},
+                           "Sure! " + json.dumps({"claims": [claim("Berlin", "The user lives in Berlin.")], "forget": []})],
+                  reconcile=[{"operations": [{"item": 0, "op": "SUPERSEDE", "id": "b1"}]}], answer=["Berlin"])
+    memory = Memory(LLM(chat))
+    memory.observe("Well, I live in Paris, you know.", "2024-05-01")
+    memory.observe("Moved to Berlin!", "2024-05-02", "s2")
+    paris, berlin = memory.trail(HOME)
+    assert (paris.value, berlin.value, berlin.link_kind) == ("Paris", "Berlin", "supersede")
+    assert memory.why(paris.id)["because"][0]["text"] == "I live in Paris"
+    assert memory.why(berlin.id)["because"][0]["text"] == "Moved to Berlin!"  # no verbatim quote: the whole turn
+    assert memory.answer("Where do I live?", "2024-06-01")[0] == "Berlin" and memory.check() == []
+
+
+def test_unusable_answers_keep_the_turn_and_count_the_failure():
+    cut = json.dumps({"claims": [claim("Paris", "x")]})[:-5]
+    for bad in ("", None, "I cannot do that.", cut, "[]", '{"claims": 3}', '{"claims": [{"value": "x"}]}', '{"claims": [7]}',
+                json.dumps({"claims": [claim("Paris", "x", polarity=5)]}), json.dumps({"claims": [claim("", "x")]}),
+                json.dumps({"claims": [claim("Rome", "x", "plan", until="soon")]}), "{" * 5000):
+        chat = Script(extract=[bad])
+        memory = Memory(LLM(chat))
+        assert memory.observe("I live in Paris.", "2024-05-01") == []
+        assert len(memory.store().turns) == 1 and not memory.store().beliefs and memory.check() == []
+        assert memory.backend.failures["extract"] == 1 and chat.count("extract") == 3
+        assert memory.store().log[-1].op == "FAILED"
+        assert "Paris" in memory.recall("Where do I live?", "2024-06-01").text  # the raw turn can still be found
+
+
+def test_a_bad_try_is_repeated_with_the_reason():
+    chat = Script(extract=["nonsense", {"claims": [claim("Paris", "The user lives in Paris.")]}])
+    memory = Memory(LLM(chat))
+    assert memory.observe("I live in Paris.", "2024-05-01") == [("ADD", "b1")]
+    assert "Not usable" in chat.seen[1][1][-1]["content"] and not +memory.backend.failures
+
+
+def test_ids_that_were_not_shown_are_refused():
+    chat = Script(extract=[{"claims": [claim("jazz", "The user likes jazz.", "likes")]},
+                           {"claims": [claim("jazz music", "The user likes jazz music.", "likes")]}],
+                  reconcile=[{"operations": [{"item": 0, "op": "SUPERSEDE", "id": "b999"}]},
+                             {"operations": [{"item": 4, "op": "CONFIRM", "id": "b1"}]},
+                             {"operations": [{"item": 0, "op": "DELETE", "id": "b1"}]}])
+    memory = Memory(LLM(chat))
+    memory.observe("Jazz is nice.", "2024-05-01")
+    memory.observe("Jazz music is nice.", "2024-05-02", "s2")
+    assert memory.backend.failures["reconcile"] == 1 and len(memory.store().heads) == 2 and memory.check() == []
+
+
+def test_the_reconciler_is_shown_the_whole_chain():
+    cities = ("Paris", "Berlin", "Rome", "Lima")
+    chat = Script(extract=[{"claims": [claim(c, f"The user lives in {c}.")]} for c in cities], reconcile=[{"operations": []}])
+    memory = Memory(LLM(chat))
+    for day, city in enumerate(cities, 1):
+        memory.observe(f"{city} is home.", f"2024-05-0{day}", f"s{day}")
+    prompt = [talk[1]["content"] for kind, talk in chat.seen if kind == "reconcile"][-1]
+    assert all(city in prompt.split("New items")[0] for city in cities[:3])
+    assert [b.value for b in memory.trail(HOME)] == list(cities)
+
+
+def habits(domain, n):
+    return [{"claims": [claim(f"{domain} {i}", f"The user planned the {domain} carefully, part {i}.", "event")]} for i in range(n)]
+
+
+def with_schemas(induce, core=None):
+    domains = ("dinner", "trip", "report", "concert", "race")
+    chat = Script(extract=[h for d in domains for h in habits(d, 3)], reconcile=[{"operations": []}], induce=[induce],
+                  core=[core or {"behaviour": None, "text": None}])
+    memory = Memory(LLM(chat))
+    for i in range(15):
+        memory.observe(f"message {i} about something", f"2024-05-{i + 1:02d}", f"s{i}")
+    return memory, chat
+
+
+def test_schemas_cores_and_idempotence():
+    chat_ids = {d: [f"b{3 * k + i}" for i in (1, 2, 3)] for k, d in enumerate(("dinner", "trip", "report", "concert", "race"))}
+    answer = {"schemas": [{"domain": d, "behaviour": "prepares well ahead", "text": f"For a {d} the user prepares.", "evidence": ids}
+                          for d, ids in chat_ids.items()]}
+    memory, chat = with_schemas(answer, {"behaviour": "likes certainty", "text": "The user wants no surprises."})
+    store = memory.store()
+
+    def induce(store, pool):  # one prompt with all facts, whatever the clusters are
+        return [("user", s["domain"], s["behaviour"], s["text"], {"prepar": 1.0}, s["evidence"]) for s in answer["schemas"]]
+    memory.backend.induce = induce
+    memory.sleep("2024-06-01")
+    (core,) = store.cores.values()
+    assert len(store.schemas) == 5 and core.text == "The user wants no surprises." and memory.check() == []
+    before, calls = dcpm.snapshot(store), memory.backend.calls
+    memory.sleep("2024-06-01")
+    assert dcpm.snapshot(store) == before and memory.backend.calls == calls
+    memory.forget("dinner")  # a model's sentence may give away what was forgotten: schema and core are withdrawn
+    memory.sleep("2024-06-02")
+    assert store.cores[core.id].status == "dormant" and memory.check() == []
+    assert not any("dinner" in s.text for s in store.schemas.values())
+
+
+def test_induction_refuses_foreign_evidence():
+    memory, chat = with_schemas({"schemas": [{"domain": "x", "behaviour": "plans", "text": "t", "evidence": ["b1", "b777"]}]})
+    memory.sleep("2024-06-01")
+    assert memory.backend.failures["induce"] >= 1 and not memory.store().schemas
+    before, calls = dcpm.snapshot(memory.store()), memory.backend.calls
+    memory.sleep("2024-06-01")
+    assert dcpm.snapshot(memory.store()) == before and memory.backend.calls == calls  # failures are cached too
+
+
+def test_induction_through_the_prompt():
+    memory, chat = with_schemas({"schemas": []})
+    memory.sleep("2024-06-01")
+    shown = "".join(talk[1]["content"] for kind, talk in chat.seen if kind == "induce")
+    assert all(f"[b{i}]" in shown for i in range(1, 16)) and not memory.store().schemas
+
+
+def test_forgetting_through_the_model():
+    chat = Script(extract=[{"claims": [claim("migraines", "The user has migraines.", "condition")]},
+                           {"claims": [], "forget": ["migraines"]}])
+    memory = Memory(LLM(chat))
+    memory.observe("My migraines are back.", "2024-05-01")
+    memory.observe("Never mention my migraines again.", "2024-05-02", "s2")
+    assert "migraine" not in memory.recall("migraines", "2024-06-01").text.lower() and memory.check() == []
+
+
+def test_metrics():
+    def score(reply, category, answer, options=()):
+        return dcpm.score_answer(reply, dcpm.Question("q", category, set(), answer, "2024-01-01", list(options)))
+    assert score("(c)", "recall", "c", "abcd") == 1 and score("either (a) or (c)", "recall", "c", "abcd") == 0
+    assert score("So my answer is b", "recall", "b", "abcd") == 1
+    assert score("There is no information about that.", "adversarial", "") == 1 and score("Paris", "adversarial", "") == 0
+    assert score("the red cars", "single-hop", "red car") == 1
+    assert score("running, apples", "multi-hop", "run, pears") == 0.5
+    assert score("likely no", "open-domain", "Likely no; because of work") == 1
+    assert score("It was Business Administration.", "single-session-user", "business administration") == 1
