@@ -17,11 +17,9 @@ Paper -> code: 2.1 capability order -> the records; 2.2 daytime writer -> extrac
 rank_turns; 3 experiments -> run_benchmark (a miniature of our own) and evaluate_corpus (real corpora).
 
   paper (partly as its authors' code has it)      our default
-  a language model extracts and reconciles        rules; with --backend llm a model proposes, the same table
-  decides
+  a language model extracts and reconciles        rules; --backend llm proposes, the same table decides
   dense vectors                                   BM25 for reading, a behaviour lexicon for schemas
-  collision: behaviour > 0.70, content < 0.60     weighted Jaccard >= 0.5 of behaviour, cosine < 0.6 of
-  content
+  collision: behaviour > 0.70, content < 0.60     behaviour Jaccard >= 0.5, content cosine < 0.6
   a refinement shadows the old text, unlinked     it stays linked, as "refine"
   list-valued links; schemas never revisited      single links that cannot fork; support recounted every night
   a claim told late becomes the head              spliced in by event time; the head stays
@@ -79,8 +77,7 @@ DATE = re.compile(rf"""\b(?:(?P<iso>\d{{4}}-\d\d-\d\d)
 
 @functools.lru_cache(maxsize=100_000)
 def stem(word):
-    """A crude suffix stripper: walks, walked, walking -> walk. Wrong at times, but alike for question and
-    text."""
+    """A crude suffix stripper: walks, walked, walking -> walk. Wrong at times, but for all texts alike."""
     for suffix in ("'s", "ings", "ing", "ies", "ied", "ed", "es", "ly", "s"):
         if word.endswith(suffix) and len(word) - len(suffix) >= 3 and not word.endswith("ss"):
             word = word[:-len(suffix)] + ("y" if suffix in ("ies", "ied") else "")
@@ -97,14 +94,12 @@ def words(text):
 
 
 def key(text):
-    """Two values are the same value iff their keys are equal: case, articles, endings and dates do not
-    count."""
+    """Two values are the same iff their keys are equal: case, articles, endings, dates do not count."""
     return " ".join(words(DATE.sub(" ", text)))
 
 
 def count_tokens(text):
-    """The counter behind every budget: one per word, number or punctuation mark (offline there is no
-    tokenizer)."""
+    """The counter behind every budget: one per word, number or punctuation mark."""
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
@@ -116,8 +111,7 @@ def digest(*parts):
 def date_window(text, today):
     """First time expression of `text` -> (first day, last day) as ISO strings, or None.
 
-    Resolved against `today`, the date of the *conversation*: against the wall clock old dialogues silently
-    rot.
+    `today` is the date of the *conversation*: against the wall clock old dialogues silently rot.
     """
     match = DATE.search(text)
     if not match:
@@ -140,11 +134,11 @@ def date_window(text, today):
             start = end = now + timedelta({"yesterday": -1, "tomorrow": 1}.get(g["day"].lower(), 0))
         elif g["ago"]:
             n = NUMBERS.get(g["ago"].lower()) or int(g["ago"])
-            start = end = now - timedelta(n * {"day": 1, "week": 7, "month": 30,
-                                               "year": 365}[g["unit"].lower()])
+            days = {"day": 1, "week": 7, "month": 30, "year": 365}[g["unit"].lower()]
+            start = end = now - timedelta(n * days)
         else:
-            start, end = _relative({"last": -1, "this": 0, "next": 1}[g["rel"].lower()], g["what"].lower(),
-                                   now)
+            step = {"last": -1, "this": 0, "next": 1}[g["rel"].lower()]
+            start, end = _relative(step, g["what"].lower(), now)
     except (ValueError, OverflowError):  # 31 June, a million years ago: not a date after all
         return None
     return start.isoformat(), end.isoformat()
@@ -179,8 +173,7 @@ class Turn:
 
 @dataclass
 class Claim:
-    """What an extractor read in a turn: not yet a belief. Attribute "?" = whichever live chain has this
-    member."""
+    """What an extractor read in a turn, not yet a belief. Attribute "?": whichever chain has this value."""
     attribute: str
     value: str
     text: str = ""
@@ -262,8 +255,7 @@ class Intention:
 
 @dataclass
 class Event:
-    """One line of the audit log. The log *is* the memory: replayed into an empty store it gives the same
-    store."""
+    """One line of the audit log. The log *is* the memory: replayed, it gives the same store."""
     seq: int
     op: str
     ids: list
@@ -278,8 +270,7 @@ class DcpmError(Exception):
 
 # ------------------------------------------------------------------ store: the only place that sets links
 class Index:
-    """BM25 over an inverted index that grows by one document at a time (refitting at every write is
-    quadratic)."""
+    """BM25 over an inverted index that grows document by document: refitting at every write is quadratic."""
 
     def __init__(self):
         self.keys, self.lengths, self.postings = [], array("d"), {}
@@ -306,8 +297,7 @@ class Index:
 
 
 class Store:
-    """All records of one user. Every change is one event through `commit`: checked first, then applied as a
-    whole."""
+    """All records of one user. Every change is one event: checked first, then applied as a whole."""
 
     def __init__(self, user="user"):
         self.user, self.log = user, []
@@ -318,15 +308,14 @@ class Store:
         self.members = {}  # (subject, attribute) -> slots, in order of arrival
         self.speakers = []  # people who speak here, not the assistant: System2 may generalise about them
         self.sessions = {}  # name -> number
-        # of turns, for the reader
-        self.columns = {name: array("l") for name in ("session", "speaker", "day")}
+        self.columns = {name: array("l") for name in ("session", "speaker", "day")}  # of the turns
         self.turn_index, self.belief_index = Index(), Index()
 
     def new_id(self, letter, *parts):
         """t5 and b17, never reused; a hash for what System2 finds: the same finding gets the same id."""
         number = len(self.turns if letter == "t" else self.beliefs) + 1
-        return ("" if self.user == "user" else self.user + "/") + letter + (digest(*parts) if parts
-                                                                            else str(number))
+        prefix = "" if self.user == "user" else self.user + "/"
+        return prefix + letter + (digest(*parts) if parts else str(number))
 
     def commit(self, op, ids=(), said="", reason="", **data):
         event = Event(len(self.log) + 1, op, list(ids), said, reason, data)
@@ -369,15 +358,13 @@ class Store:
         self.columns["day"].append(date.fromisoformat(turn.t[:10]).toordinal())
 
     def _insert(self, belief, prev, next, kind):
-        """Put `belief` between its neighbours: all four links or none, and never where a second head would
-        appear."""
+        """Put `belief` between its neighbours: all four links or none, and never a second head."""
         belief.slot, belief.sources = tuple(belief.slot), [tuple(s) for s in belief.sources]
         before, after = self.beliefs.get(prev), self.beliefs.get(next)
         fits = (before.next == next if before else after.prev is None if after
                 else belief.slot not in self.heads)
         if not fits or belief.id in self.beliefs:
-            raise DcpmError(f"{belief.id} would fork the chain of {belief.slot}; read the head again and "
-                            f"retry")
+            raise DcpmError(f"{belief.id} would fork the chain of {belief.slot}; read its head again")
         belief.prev, belief.next, belief.link_kind = prev, next, kind if before else None
         if before:
             before.next = belief.id
@@ -389,20 +376,19 @@ class Store:
         if not before and not after:
             self.members.setdefault(belief.slot[:2], []).append(belief.slot)
         self.beliefs[belief.id] = belief
-        self.belief_index.add(belief.id,
-                              words(f"{belief.slot[0]} {belief.slot[1]} {belief.value} {belief.text}"))
+        subject, attribute, _ = belief.slot
+        self.belief_index.add(belief.id, words(f"{subject} {attribute} {belief.value} {belief.text}"))
         self._weigh(belief)
 
     def _weigh(self, belief):
-        """confidence = 1 - prod(1 - reliability) over distinct sessions: saying it twice in one sitting adds
+        """confidence = 1 - prod(1 - reliability) over sessions: saying it twice in one sitting adds
         nothing."""
         best = {}
         for turn, _, _, reliability in belief.sources:
             session = self.turns[turn].session
             best[session] = max(best.get(session, 0), reliability)
         belief.confidence = round(min(0.99, 1 - math.prod(1 - r for r in best.values())), 4)
-        # told again after "forget that": it stays forgotten, and so does this turn
-        if belief.status == "suppressed":
+        if belief.status == "suppressed":  # told again after "forget that": it stays forgotten
             self.hidden.add(belief.sources[-1][0])
 
     def chain(self, slot):
@@ -418,57 +404,45 @@ class Store:
 
 
 # ------------------------------------------------------------------ behaviour lexicon and domains
-# Two lines are a pair of opposite poles: name | gloss | cues. Lexicon, domains and frames were fixed before
-# the test
-# phrases were written; their hash is logged with every held-out result.
+# Two entries are a pair of opposite poles: name | gloss | cues. Lexicon, domains and frames were fixed before
+# the test phrases were written; their hash is logged with every held-out result.
 LEXICON = """
-plans | plans ahead and prepares in detail | checklist, list, schedule, itinerary, spreadsheet, in advance, \
-weeks ahead, \
-timetable, plan ahead, mapped out, draw up, drew up, prepare, outline, agenda, ahead of time, step by step
+plans | plans ahead and prepares in detail | checklist, list, schedule, itinerary, spreadsheet, \
+in advance, weeks ahead, timetable, plan ahead, mapped out, draw up, drew up, prepare, outline, agenda, \
+ahead of time, step by step
 improvises | improvises and decides on the spot | on a whim, spontaneous, last minute, spur of the moment, \
-improvise, \
-made it up, without a plan, wing it, winged it, on the fly, see what happen, no idea beforehand, unplanned
-saves | saves money and looks for the cheaper way | cheap, cheaper, discount, second hand, coupon, bargain, \
-on sale, \
-budget, for free, haggle, borrow, save money, thrifty
-spends | spends freely and takes the best there is | splurge, expensive, luxury, premium, top of the range, \
-first class, \
-treat myself, pay extra, paid extra, priciest, regardless of price, deluxe
+improvise, made it up, without a plan, wing it, winged it, on the fly, see what happen, \
+no idea beforehand, unplanned
+saves | saves money and looks for the cheaper way | cheap, cheaper, discount, second hand, coupon, \
+bargain, on sale, budget, for free, haggle, borrow, save money, thrifty
+spends | spends freely and takes the best there is | splurge, expensive, luxury, premium, \
+top of the range, first class, treat myself, pay extra, paid extra, priciest, regardless of price, deluxe
 alone | likes to do things alone | alone, by myself, on my own, solo, solitude, in peace, quiet corner, \
-nobody around, \
-without company
+nobody around, without company
 together | likes to do things with other people | together, with friend, group, invite, crowd, company of, \
-whole gang, \
-team up, teamed up, everyone, joined by
+whole gang, team up, teamed up, everyone, joined by
 careful | is careful and avoids risk | careful, double check, safe, insurance, backup, spare, \
-read the warning, \
-just in case, cautious, helmet, twice before
+read the warning, just in case, cautious, helmet, twice before
 daring | is daring and takes risks | risk, dare, without looking, deep end, gamble, threw caution, bold, \
-thrill, \
-adrenaline, dangerous, reckless, edge
+thrill, adrenaline, dangerous, reckless, edge
 routine | sticks to what is familiar | same as always, usual, the same, routine, habit, as ever, familiar, \
-every time, \
-tradition, old favourite, as before
+every time, tradition, old favourite, as before
 novelty | looks for what is new | never tried, new kind, first time, experiment, exotic, \
-something different, novel, \
-curious, unknown, unusual, untested
+something different, novel, curious, unknown, unusual, untested
 makes | makes things by hand | from scratch, by hand, built, homemade, handmade, sewed, carved, diy, \
-made my own, \
-workshop, knitted, glued
+made my own, workshop, knitted, glued
 buys | buys things ready-made | ready made, bought, store, order online, ordered, delivery, off the shelf, \
 from the shop, prepackaged, catalogue, hired
 exact | is exact and measures | exact, measure, precise, to the gram, to the minute, ruler, scale, \
-stopwatch, decimal, \
-count every, calibrate
+stopwatch, decimal, count every, calibrate
 rough | goes by feel, roughly | roughly, by feel, eyeball, more or less, guess, approximate, give or take, \
-ballpark, \
-by eye, rule of thumb
+ballpark, by eye, rule of thumb
 paper | prefers paper | paper, notebook, printed, pencil, handwritten, ink, sticky note, index card, \
 fountain pen
 digital | prefers digital tools | app, spreadsheet app, tablet, online tool, cloud, software, \
 phone reminder, digital"""
 _rows = [line.split(" | ") for line in LEXICON.strip().split("\n")]
-# -> opposite, gloss, cues
+# i ^ 1: its pair
 POLES = {name: (_rows[i ^ 1][0], gloss, cues) for i, (name, gloss, cues) in enumerate(_rows)}
 DOMAINS = {
     "cooking": "cook dinner bake cake stew kitchen meal recipe lunch soup roast pasta",
@@ -506,8 +480,7 @@ def domain_of(text):
 
 
 # ------------------------------------------------------------------ rule extractor
-# and favourite X
-SINGLE = {"residence", "employer", "occupation", "name", "age", "partner", "diet", "birthday"}
+SINGLE = {"residence", "employer", "occupation", "name", "age", "partner", "diet", "birthday"}  # + favourites
 PROPER = {"residence", "employer", "partner", "name"}  # a capitalised name, if there is one, is the value
 IDENTITY = {"diet", "likes", "habit", "opinion"}
 RELATIVES = ("sister|brother|mother|mom|mum|father|dad|wife|husband|partner|girlfriend|boyfriend|son|"
@@ -573,8 +546,7 @@ SHORT = [(r"\bI'm\b", "I am"), (r"\bI've\b", "I have"), (r"\bI'll\b", "I will"),
 
 
 def clauses(text):
-    """(start, end, clause, is_question) of every clause; quoted speech is blanked out, offsets are the
-    turn's."""
+    """(start, end, clause, is_question) of every clause; quoted speech is blanked out."""
     text = re.sub(r'"[^"]*"|“[^”]*”', lambda m: " " * len(m.group()), text)
     for sentence in re.finditer(r"[^.!?\n]+(?:[.](?=\w)[^.!?\n]*)*[.!?]*", text):
         question, start = "?" in sentence.group()[-3:], sentence.start()
@@ -598,8 +570,7 @@ def tidy(value, attribute):
 
 
 def extract_rules(turn):
-    """Turn -> (claims, phrases to forget). An assistant's turn makes no claims: a suggestion is not a
-    preference."""
+    """Turn -> (claims, phrases to forget). An assistant claims nothing: a suggestion is no preference."""
     claims, forget = [], []
     for start, end, body, question in clauses(turn.text) if turn.speaker != "assistant" else ():
         found = FORGET.search(body)
@@ -635,15 +606,14 @@ def read_clause(body, me, t):
         return None
     rest, sign = ADVERB.sub("", match["rest"].strip()), 1
     future = FUTURE.match(rest)
-    if future and window and window[1] >= t[:10] and (window[0] > t[:10]
-                                                      or re.match(r"will|\w+ going to", rest)):
+    ahead = window and window[1] >= t[:10] and (window[0] > t[:10] or re.match(r"will|\w+ going to", rest))
+    if future and ahead:
         return Claim("plan", tidy(future["v"], "plan"), until=window[1], **told)
     if negator := NEGATOR.match(rest):
         rest, sign = ADVERB.sub("", rest[negator.end():]), -1
     for attribute, polarity, pattern in FRAMES:
         if hit := pattern.match(rest):
-            value = tidy(hit["v"] or hit.groupdict().get("w") or "",
-                         attribute) if "v" in hit.groupdict() else ""
+            value = tidy(next((v for v in hit.groupdict().values() if v), ""), attribute)
             if polarity == 0:
                 if sign == 1 and re.match(r"ha(?:ve|s) (?:a|my) job", rest):
                     break
@@ -653,26 +623,24 @@ def read_clause(body, me, t):
             layer = "identity" if attribute in IDENTITY else "fact"
             return Claim(attribute, value, polarity=polarity * sign, layer=layer,
                          detail=bool(QUALIFIER.search(rest)), **told)
-    # No frame fits: a free fact that keeps the whole clause, so that nothing is lost; denied, it may end a
-    # habit.
+    # No frame fits: a free fact keeps the whole clause, so that nothing is lost; denied, it may end a habit.
     return Claim("event" if sign > 0 else "habit", rest, polarity=sign, **told)
 
 
 # ------------------------------------------------------------------ System1: inside every write
 def slot_of(store, claim):
-    """The dimension a claim speaks about: single-valued attributes have no member, others one chain per
-    value."""
+    """The dimension a claim speaks about: single-valued attributes have one chain, others one per value."""
     attribute, value = claim.attribute, " ".join(sorted(set(words(DATE.sub(" ", claim.value)))))
     if claim.slot:
         return claim.slot
     if attribute == "?":  # "gave up coffee": whichever live chain is about coffee
-        live = [a for a in ("likes", "hobby", "possession", "diet", "habit")
+        live = [a for a in ("likes", "hobby", "possession", "habit")
                 if (claim.subject, a, value) in store.heads]
         attribute = live[0] if live else "likes"
     elif attribute == "cancel":  # the open plan that shares most words; without one it stays a free fact
         plans = [store.head(s) for s in store.members.get((claim.subject, "plan"), ())]
-        shared = [(len(set(words(p.value)) & set(words(claim.value))), p.slot) for p in plans
-                  if p.polarity == 1]
+        asked = set(words(claim.value))
+        shared = [(len(asked & set(words(p.value))), p.slot) for p in plans if p.polarity == 1]
         best = max(shared, key=lambda pair: pair[0], default=(0, None))
         if best[0]:
             return best[1]
@@ -681,16 +649,14 @@ def slot_of(store, claim):
     slot = (claim.subject, attribute, None if single else value)
     head = store.head(slot)
     if single and claim.polarity == -1 and head and key(head.value) != key(claim.value):
-        # "I used to live in Rome" ends nothing if the head is Paris
-        return claim.subject, "event", key(claim.text)
+        return claim.subject, "event", key(claim.text)  # "I used to live in Rome" does not end Paris
     return slot
 
 
 def decide(store, claim, slot):
     """The decision table -> (op, node to confirm or None, prev id, next id, link kind).
 
-    Slot and polarity first, similarity never: cosine cannot tell "likes coffee" from "no longer likes
-    coffee".
+    Slot and polarity, never similarity: cosine cannot tell "likes coffee" from "no longer likes coffee".
     Only the head counts as a duplicate: A, then B, then A again are three nodes.
     """
     def same(b):
@@ -733,11 +699,12 @@ def write_claims(store, turn, claims):
             if op == "REFINE" and not set(words(old.text)) <= set(words(text)):
                 text = f"{old.text}; {text}"
             because = re.search(r"\b(?:because|since|so that)\b (.+)", claim.text, re.I)
-            node = Belief(store.new_id("b"), claim.layer, slot, claim.value, claim.polarity, text,
-                          claim.t_event,
-                          store.clock, (old.sources if op == "REFINE" else []) + [source], domain_of(text),
-                          list(poles_of(text)) if claim.polarity == 1 else [], claim.until,
-                          because.group(1) if because else f"told {turn.t[:10]}" if old else "")
+            node = Belief(
+                store.new_id("b"), claim.layer, slot, claim.value, claim.polarity, text,
+                t_event=claim.t_event, t_seen=store.clock,
+                sources=(old.sources if op == "REFINE" else []) + [source], domain=domain_of(text),
+                tags=list(poles_of(text)) if claim.polarity == 1 else [], until=claim.until,
+                reason=because.group(1) if because else f"told {turn.t[:10]}" if old else "")
             store.commit(op, [node.id], turn.id, node.reason, belief=asdict(node), prev=prev, next=next_,
                          kind=kind)
         ops.append((op, node.id))
@@ -751,8 +718,7 @@ WITHDRAWN = "(withdrawn: it rested on something the user asked to forget)"
 
 
 def two_stage_dbscan(vectors):
-    """Cluster rows by cosine: similarity 0.55, >= 3 members; those over 12 again at 0.75, >= 2. -> labels
-    (n,).
+    """Cluster rows by cosine: similarity 0.55, 3 members; those over 12 again at 0.75, 2. -> labels (n,).
 
     Leftovers of the second stage join the nearest sub-cluster. Equal rows are clustered once, by weight: a
     hundred thousand beliefs have few distinct behaviour vectors.
@@ -957,8 +923,7 @@ def plan_sleep(store, now, induce=induce_rules, name_core=name_core_rules, sweep
             for kind, nodes in new.items()}
 
 
-# ------------------------------------------------------------------ reader: word statistics and links, no
-# model
+# ------------------------------------------------------------------ reader: words and links, no model
 ASK = {  # attribute -> how a question asks for it
     "residence": r"\b(live|living|lived|home town|reside|moved? to|city|based)\b",
     "employer": r"\b(work|employer|company|job)\b", "occupation": r"\b(occupation|profession|for a living)\b",
@@ -999,15 +964,13 @@ def rank_turns(store, question, now, k=100):
     """Raw turns by relevance: [(score, turn id)], best first, at most k.
 
     BM25, then what a memory knows beyond the words of a turn: what stands next to it (an answer seldom
-    repeats
-    the words of the question before it), how well its session fits, who spoke, and when.
+    repeats the words of the question before it), how well its session fits, who spoke, and when.
     """
     if not store.turns:
         return []
     asked = re.findall(r"\w+", question.lower())
     people = [i for i, s in enumerate(store.speakers) if s.lower() in asked]
-    # a name in a turn is mostly the *other* calling
-    names = {stem(store.speakers[i].lower()) for i in people}
+    names = {stem(store.speakers[i].lower()) for i in people}  # in a turn it is mostly the *other* who calls
     query = Counter(w for w in words(DATE.sub(" ", question)) if w not in names) or Counter(words(question))
     base = store.turn_index.scores(query, b=0.5)
     session, speaker, day = (np.array(store.columns[c]) for c in ("session", "speaker", "day"))
@@ -1033,8 +996,7 @@ def best_of(scores, k):
 
 
 def top_beliefs(store, question, k=200):
-    """Beliefs by BM25 over their own words, superseded ones included: a hit on any member brings its
-    chain."""
+    """Beliefs by BM25 over their words, superseded ones included: any member brings its chain."""
     keys, scores = store.belief_index.keys, store.belief_index.scores(Counter(words(question)))
     return [store.beliefs[keys[i]] for i in best_of(scores, k)]
 
@@ -1043,8 +1005,8 @@ def people_in(store, question):
     """Speakers and relatives whom the question names; nobody named means the first speaker."""
     asked = set(re.findall(r"\w+", question.lower()))
     others = dict.fromkeys(subject for subject, _ in store.members if subject not in store.speakers)
-    return [s for s in [*store.speakers, *others]
-            if s.split("'s ")[-1].lower() in asked] or store.speakers[:1]
+    named = [s for s in [*store.speakers, *others] if s.split("'s ")[-1].lower() in asked]
+    return named or store.speakers[:1]
 
 
 def visible_schemas(store, now):
@@ -1088,9 +1050,8 @@ def chain_line(store, slot):
 def recall(store, question, now, budget=800, links=True, schemas=True, sweep=True, separate=False):
     """Question -> Recall within `budget` tokens. Every line carries the id to ask `why` about.
 
-    `separate=True` gives schemas and cores a channel of their own, four lines on top of the budget, as in the
-    authors' reader; otherwise they take their share and displace facts. `links=False` shows beliefs one by
-    one.
+    `separate=True` gives schemas and cores a channel of their own, four lines on top of the budget, as in
+    the authors' reader; else they take their share and displace facts. `links=False`: beliefs one by one.
     """
     wanted, size = {c: [] for c in (*SHARES, "fact", "newest")}, 0
     asked = [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)]
@@ -1128,8 +1089,7 @@ def recall(store, question, now, budget=800, links=True, schemas=True, sweep=Tru
 
 
 def assemble(store, wanted, question, now, budget, separate):
-    """Fill the shares, whole lines only; what is left flows to facts, then raw turns, then the newest
-    facts."""
+    """Fill the shares, whole lines only; the rest flows to facts, raw turns, then the newest facts."""
     chosen, left = {}, budget
 
     def spend(lines, tokens):
@@ -1152,8 +1112,8 @@ def assemble(store, wanted, question, now, budget, separate):
 
     def order(line):  # cores, schemas, profile and identity, then everything else by time
         kind = line.id.split("/")[-1][0]
-        return {"c": 0, "s": 1}.get(kind, 2 if line.channel in ("profile", "identity")
-                                    else 3), line.t, line.id
+        rank = 2 if line.channel in ("profile", "identity") else 3
+        return {"c": 0, "s": 1}.get(kind, rank), line.t, line.id
     lines = sorted(chosen.values(), key=order)
     return Recall(lines, "\n".join(map(str, lines)), [n.id for n in lines])
 
@@ -1171,8 +1131,8 @@ def answer_rules(store, question, now):
         items = [n for n in lines if n.channel == "intention"]
         return "; ".join(n.text for n in items) or "Nothing that I know of.", [n.id for n in items]
     q = set(words(question))
-    slots = [(p, a, None) for p in people_in(store, question) for a in ASK
-             if re.search(ASK[a], question, re.I)]
+    asked = [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)]
+    slots = [(p, a, None) for p in people_in(store, question) for a in asked]
     slots += [b.slot for b in top_beliefs(store, question, 20) if set(words(b.value)) & q
               and b.slot[2] and b.slot[1] not in ("event", "maybe", "plan")]
     for slot in slots:
@@ -1214,8 +1174,7 @@ class Memory:
         return self.stores.setdefault(user, Store(user))
 
     def observe(self, text, t, session="s1", speaker="user", user="user"):
-        """System1, inside the write: keep the raw turn first, then extract, reconcile, apply. -> [(op,
-        id)]."""
+        """System1, in the write: keep the raw turn first, then extract, reconcile, apply. -> [(op, id)]."""
         date.fromisoformat(t[:10])  # a bad date is refused before anything is kept
         store = self.store(user)
         turn = Turn(store.new_id("t"), session, speaker, text, t)
@@ -1373,7 +1332,7 @@ def check_store(store):
     return bad
 
 
-# ------------------------------------------------------------------ LLM backend: the same jobs, by a chat
+# ------------------------------------------------------------------ LLM backend: the same jobs by a chat
 # model
 STRICT = "You maintain the memory of an assistant. Reply with one JSON object and nothing else."
 EXTRACT = """Conversation date: {t}. Earlier messages, for reference only:
@@ -1420,13 +1379,11 @@ ANSWER = """What is known about the user:
 
 Question: {question}
 Answer briefly from what is known; if it is not known, say that there is no information."""
-ATTRIBUTES = sorted(SINGLE | {"likes", "hobby", "possession", "condition", "habit", "plan", "opinion",
-                              "event"})
+ATTRIBUTES = sorted({*SINGLE, *IDENTITY, "hobby", "possession", "condition", "plan", "event"})
 
 
 class LLM:
-    """A chat model as extractor, reconciler, inducer, answerer. `chat`: conversations -> texts, None =
-    failed.
+    """A chat model as extractor, reconciler, inducer, answerer. `chat`: conversations -> texts or None.
 
     It proposes; the decision table and the store dispose: it chooses among ids it was shown and sets no link.
     """
@@ -1485,10 +1442,10 @@ class LLM:
         at = turn.text.find(quote) if quote else -1
         when, until = (str(c.get(k) or "")[:10] for k in ("when", "until"))
         past = re.fullmatch(r"\d{4}-\d\d-\d\d", when) and date.fromisoformat(when).isoformat() < turn.t[:10]
+        span = (at, at + len(quote)) if at >= 0 else (0, len(turn.text))
         return Claim(attribute=c["attribute"] if c["attribute"] in ATTRIBUTES else "event", value=value,
-                     text=str(c["text"])[:500], span=(at, at + len(quote)) if at >= 0 else (0,
-                                                                                            len(turn.text)),
-                     subject=str(c.get("subject") or turn.speaker), polarity=polarity,
+                     text=str(c["text"])[:500], span=span, polarity=polarity,
+                     subject=str(c.get("subject") or turn.speaker),
                      layer="identity" if c.get("layer") == "identity" else "fact",
                      t_event=when if past else turn.t,
                      until=date.fromisoformat(until).isoformat() if until else "")
@@ -1507,8 +1464,8 @@ class LLM:
                 if not fine or int(o["item"]) not in range(len(claims)):
                     raise ValueError(f"{o} names an id, an item or an op that was not offered")
             return {int(o["item"]): (o["op"], o["id"]) for o in data["operations"]}
-        chains = [f"[{i}] " + " -> ".join(f"{b.text} ({b.t_event[:10]})" for b in c) for i,
-                  c in shown.items()]
+        chains = [f"[{i}] " + " -> ".join(f"{b.text} ({b.t_event[:10]})" for b in chain)
+                  for i, chain in shown.items()]
         items = [f"{i}. {c.text}" for i, c in enumerate(claims)]
         prompt = RECONCILE.format(chains="\n".join(chains), items="\n".join(items))
         for item, (op, id_) in (self.ask("reconcile", prompt, check) or {}).items():
@@ -1520,8 +1477,7 @@ class LLM:
         return claims
 
     def induce(self, store, pool):
-        """Beliefs that no schema cites yet, clustered by their words, to the model; returns as
-        induce_rules."""
+        """Beliefs that no schema cites yet, clustered by their words, to the model; as induce_rules."""
         from sklearn.feature_extraction.text import TfidfVectorizer
         cited, found = {i for s in store.schemas.values() for i in s.evidence}, []
         for subject in store.speakers:
@@ -1567,8 +1523,7 @@ class LLM:
 
 
 # ------------------------------------------------------------------ the miniature benchmark
-# Phrases never name a pole. Per pole: three for the history, then the one that appears in answer options
-# only.
+# No phrase names its pole. Per pole: three phrases for the history, then one for answer options only.
 SCENES = {
     "cooking": "the dinner|the cake|the soup|the roast",
     "travel": "the trip|the flight|the train journey|the holiday",
@@ -1646,16 +1601,14 @@ OTHER_PEOPLE = re.compile(rf"\b({RELATIVES})\b")
 
 
 def make_persona(seed, bank):
-    """One generated life: [(ISO date, session, text)] and [(kind, question, options, index of the right
-    one)]."""
+    """One life: [(ISO date, session, text)] and [(kind, question, options, index of the right one)]."""
     rng, said, sessions = random.Random(f"persona-{seed}"), defaultdict(list), range(20)
     phrases = {pole: line.split("|") for pole, line in bank["phrases"].items()}
     scenes = {d: line.split("|") for d, line in (SCENES | bank.get("scenes", {})).items()}
-    poles = [rng.choice(pair) for pair in rng.sample(sorted({tuple(sorted((p, opposite(p))))
-                                                             for p in phrases}), 4)]
+    pairs = sorted({tuple(sorted((pole, opposite(pole)))) for pole in phrases})
+    poles = [rng.choice(pair) for pair in rng.sample(pairs, 4)]
     domains = rng.sample(sorted(scenes), 10)
     seen, unseen = domains[:6], domains[6:]
-    # where a habit shows
     home = {pole: [seen[(i + k) % 6] for k in (0, 2, 3)] for i, pole in enumerate(poles)}
     for pole in poles:
         for domain in home[pole]:
@@ -1712,34 +1665,31 @@ def chain_questions(rng, timelines):
         for i in range(1, len(chain)):
             others = [extra[-1], *(c for c in chain if c not in chain[i - 1:i + 1]), *extra[:-1],
                       *(c for c in pool if c not in chain + extra)]
-            out.append(as_question(rng, "past", f"Where did I {verb} before {chain[i]}?", chain[i - 1],
-                                   others))
+            text = f"Where did I {verb} before {chain[i]}?"
+            out.append(as_question(rng, "past", text, chain[i - 1], others))
         orders = [chain[::-1], [*chain[1:], chain[0]], [chain[1], chain[0], *chain[2:]]]
-        out.append(as_question(rng, "how changed", f"How did where I {verb} change over time?",
-                               " → ".join(chain),
-                               [" → ".join(order) for order in orders]))
+        right, *wrong = (" → ".join(order) for order in (chain, *orders))
+        out.append(as_question(rng, "how changed", f"How did where I {verb} change over time?", right, wrong))
     return out
 
 
 def implicit_questions(rng, phrases, scenes, poles, home, unseen):
-    """Options differ only in the behaviour they show: the persona's own pole against opposites of its
-    poles."""
+    """Options differ only in the behaviour they show: one own pole against opposites of own poles."""
     out = []
     for pole in poles:
         others = [opposite(p) for p in poles if p != pole]
-        asked = [("implicit seen", rng.choice(home[pole])), *(("implicit unseen", d)
-                                                              for d in rng.sample(unseen, 2))]
+        asked = [("implicit seen", rng.choice(home[pole]))]
+        asked += [("implicit unseen", domain) for domain in rng.sample(unseen, 2)]
         for kind, domain in asked:
             scene, wrong = scenes[domain][3], [opposite(pole), *rng.sample(others, 2)]
             options = [phrases[p][3].format(scene) for p in (pole, *wrong)]
-            out.append(as_question(rng, kind, f"Which would suit me best for {scene}?", options[0],
-                                   options[1:]))
+            text = f"Which would suit me best for {scene}?"
+            out.append(as_question(rng, kind, text, options[0], options[1:]))
     return out
 
 
 def choose(question, lines, options):
-    """The one answerer, for every kind of question and every condition: lines of context -> a score per
-    option.
+    """The one answerer, for every kind of question and every condition: lines -> a score per option.
 
     It may use the behaviour lexicon on any line, so that raw turns are not handicapped by a weaker reader.
     """
@@ -1749,13 +1699,12 @@ def choose(question, lines, options):
     def dates(name, found):
         return [t for t, text in found if re.search(rf"\b{re.escape(name)}\b", text)]
     limit = re.search(r"\bbefore (\w+)", question)
-    # a line that tells the whole story is believed before single mentions
-    if CHANGE.search(question) or limit:
+    if CHANGE.search(question) or limit:  # a line that tells the whole story outranks single mentions
         needed = [limit.group(1)] if limit else options[0].split(" → ")
-        chain = next((n.entries for n in lines if "→" in n.text and all(w in n.text for w in needed)),
-                     entries)
-        first = {name: (dates(name, chain) or [""])[0][:10] for o in options
-                 for name in (*o.split(" → "), *needed)}
+        stories = [n.entries for n in lines if "→" in n.text and all(w in n.text for w in needed)]
+        told = stories[0] if stories else entries
+        names = {*needed, *(name for option in options for name in option.split(" → "))}
+        first = {name: (dates(name, told) or [""])[0][:10] for name in names}
         if limit:
             end = first[needed[0]] or "9999"
             return [date.fromisoformat(first[o]).toordinal() if "" < first[o] < end else 0 for o in options]
@@ -1791,10 +1740,9 @@ def placebo(store, rng):
     return fake
 
 
-# switches of recall; "shared": schemas displace facts instead of having a channel of their own
-CONDITIONS = {
-    "raw TF-IDF": None, "System1, links off": dict(schemas=False,
-                                                   links=False), "System1": dict(schemas=False),
+CONDITIONS = {  # switches of recall; "shared": schemas have no channel of their own and displace facts
+    "raw TF-IDF": None, "System1, links off": dict(schemas=False, links=False),
+    "System1": dict(schemas=False),
     "System1+2, no sweep": dict(separate=True, sweep=False), "System1+2": dict(separate=True),
     "System1, more tokens": dict(schemas=False),  # as many as System1+2 spends in all
     "placebo": dict(separate=True), "System1+2, shared": dict(), "placebo, shared": dict()}
@@ -1817,14 +1765,13 @@ def contexts(store, fake, tfidf, matrix, question, now, budget):
     out = {"raw TF-IDF": raw_lines(store, tfidf, matrix, question, budget)}
     for name, switches in list(CONDITIONS.items())[1:]:
         extra = sum(n.cost for n in out["System1+2"] if n.channel == "schema") if "more" in name else 0
-        out[name] = recall(fake if "placebo" in name else store, question, now, budget + extra,
-                           **switches).lines
+        known = fake if "placebo" in name else store
+        out[name] = recall(known, question, now, budget + extra, **switches).lines
     return out
 
 
 def run_benchmark(bank, personas=60, budget=120, seed=0):
-    """-> {condition: array (personas, kinds) of mean credit}, shares that the frames and the lexicon
-    covered."""
+    """-> {condition: array (personas, kinds) of mean credit}, coverage of frames, coverage of lexicon."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from tqdm import tqdm
     table, claims = {name: np.zeros((personas, len(KINDS))) for name in CONDITIONS}, Counter()
@@ -1844,8 +1791,8 @@ def run_benchmark(bank, personas=60, budget=120, seed=0):
                 scores[name, kind].append(credit(choose(question, lines, options), right))
         for (name, kind), values in scores.items():
             table[name][p, KINDS.index(kind)] = np.mean(values)
-    known = [poles_of(p.format("it")) == (pole,) for pole, line in bank["phrases"].items()
-             for p in line.split("|")]
+    known = [poles_of(phrase.format("it")) == (pole,) for pole, line in bank["phrases"].items()
+             for phrase in line.split("|")]
     return table, claims[True] / max(claims.total(), 1), np.mean(known)
 
 
@@ -1857,8 +1804,9 @@ def bootstrap(values, seed=0, rounds=2000):
 
 def print_benchmark(name, table, frames, lexicon, budget):
     """One table, then the paper's claim in plain numbers. -> {label: (mean, low, high)} in points."""
-    print(f"\n{name} bank: {len(table['System1'])} personas, budget {budget} tokens, accuracy in %, chance 25;"
-          f" frames hit {frames:.0%} of claims, lexicon knows {lexicon:.0%} of phrases")
+    personas = len(table["System1"])
+    print(f"\n{name} bank, {personas} personas, {budget} tokens of context: accuracy in %, chance 25"
+          f"\n(frames hit {frames:.0%} of claims, the lexicon knows {lexicon:.0%} of phrases)")
     print(" " * 23 + "".join(f"{kind:>17}" for kind in KINDS))
     for condition, values in table.items():
         cells = [bootstrap(100 * values[:, k]) for k in range(len(KINDS))]
@@ -1881,9 +1829,8 @@ def print_benchmark(name, table, frames, lexicon, budget):
                                                    "gain, implicit unseen", "over as many tokens, implicit"))
     verdict = "Yes" if min(seen[1], unseen[1]) > span[2] else "Not shown"
     print(f"  Does System2 help most on implicit questions and least on span? {verdict} on this bank: "
-          f"{seen[0]:+.1f} "
-          f"and {unseen[0]:+.1f} points\n  against {span[0]:+.1f}. Against a System1 that may show as many tokens: "
-          f"{same[0]:+.1f} [{same[1]:+.1f}, {same[2]:+.1f}] on implicit.")
+          f"{seen[0]:+.1f} and {unseen[0]:+.1f} points\n  against {span[0]:+.1f}. Against a System1 that may "
+          f"show as many tokens: {same[0]:+.1f} [{same[1]:+.1f}, {same[2]:+.1f}] on implicit.")
     return facts
 
 
@@ -2009,7 +1956,7 @@ def load_corpus(path, format="", questions=""):
         if path.suffix == ".jsonl":
             guess = path.with_name(re.sub("(shared_)?contexts?", "questions", path.stem) + ".csv")
             if not Path(questions or guess).is_file():
-                raise DcpmError(f"PersonaMem needs its questions: --questions FILE.csv (no {questions or guess})")
+                raise DcpmError(f"PersonaMem needs --questions FILE.csv; there is no {questions or guess}")
             return list(load_personamem(path, questions or guess))
         data = json.loads(path.read_text(encoding="utf-8"))
         rows = data if isinstance(data, list) else [data]
@@ -2017,8 +1964,7 @@ def load_corpus(path, format="", questions=""):
                  "related_conversation_snippet": "personamem"}
         kind = next((kind for column, kind in kinds.items() if column in rows[0]), "")
         if not kind or format not in ("", kind):
-            raise DcpmError(f"--data {path}: not {format or 'a format that I know'}; columns: "
-                            f"{sorted(rows[0])[:8]}")
+            raise DcpmError(f"--data {path}: not {format or 'a known format'}; it has {sorted(rows[0])[:8]}")
         return list(load_locomo(rows) if kind == "locomo" else load_longmemeval(rows) if kind == "longmemeval"
                     else load_personamem_v2(rows, path.parent))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
@@ -2026,11 +1972,10 @@ def load_corpus(path, format="", questions=""):
 
 
 def ingest(sample, memory, first=0, last=None):
-    """Observe turns first..last of a sample (System1), with a progress bar. -> {ref: turn id} of all
-    turns."""
+    """Observe turns first..last of a sample, with a progress bar. -> {ref: turn id} of all turns."""
     from tqdm import tqdm
-    for _, session, speaker, text, when in tqdm(sample.turns[first:last], sample.name, leave=False,
-                                                disable=None):
+    turns = tqdm(sample.turns[first:last], sample.name, leave=False, disable=None)
+    for _, session, speaker, text, when in turns:
         memory.observe(text, when, session, speaker)
     return {ref: i for (ref, *_), i in zip(sample.turns, memory.store().turns)}
 
@@ -2052,8 +1997,7 @@ def baselines(texts):
 
 
 def evidence_recall(sample, memory, ids):
-    """{(category, ranker): [recall@5, @10, @20 per question]}; questions without readable evidence are left
-    out."""
+    """{(category, ranker): [recall@5, @10, @20 per question]}, without questions that mark no evidence."""
     refs, back, out = [ref for ref, *_ in sample.turns], {i: ref for ref, i in ids.items()}, defaultdict(list)
     asked = [(q, q.gold & set(ids)) for q in sample.questions if q.gold & set(ids)]
     rankers = baselines([text for *_, text, _ in sample.turns]) if asked else {}
@@ -2066,8 +2010,7 @@ def evidence_recall(sample, memory, ids):
 
 
 def token_f1(answer, gold):
-    """F1 over stemmed tokens without articles and punctuation (a crude stemmer; the benchmark uses
-    Porter's)."""
+    """F1 over stemmed tokens without articles and punctuation (the benchmark's stemmer is Porter's)."""
     skip = ("a", "an", "the", "and")
     a, g = ([stem(w) for w in re.findall(r"[a-z0-9]+", t.lower()) if w not in skip] for t in (answer, gold))
     same = (Counter(a) & Counter(g)).total()
@@ -2091,8 +2034,7 @@ def score_answer(reply, question):
 
 
 def evaluate_corpus(args, backend):
-    """Ingest every sample, print evidence recall by category; with a model also answer, and score the
-    answers."""
+    """Ingest every sample, print evidence recall by category; with a model also answer and score."""
     samples = [s for s in load_corpus(args.data, args.format, args.questions) if args.sample in ("", s.name)]
     if not samples:
         raise DcpmError(f"--sample {args.sample}: {args.data} has no such sample")
@@ -2108,21 +2050,21 @@ def evaluate_corpus(args, backend):
             end = min(question.end or len(sample.turns), len(sample.turns))  # never a turn beyond its end
             ingest(sample, memory, done, end)
             done, left = end, left - 1
-            text = "\n".join([question.text, *question.options,
-                              "End with the letter." * bool(question.options)])
-            scores[question.category].append(score_answer(memory.answer(text, question.now)[0], question))
+            text = "\n".join([question.text,
+                              *question.options] + ["End with the letter."] * bool(question.options))
+            reply, _ = memory.answer(text, question.now)
+            scores[question.category].append(score_answer(reply, question))
         ids = ingest(sample, memory, done)
         for where, values in evidence_recall(sample, memory, ids).items():
             found[where] += values
         claims += memory.claims
         store = memory.store()
-        print(f"{sample.name}: {len(store.turns)} turns, {len(store.beliefs)} beliefs on {len(store.heads)} "
+        print(f"{sample.name}: {len(store.turns)} turns, {len(store.beliefs)} beliefs, {len(store.heads)} "
               f"chains")
     print(f"{claims[True]} of {claims.total()} claims have a slot, the others were kept as free facts")
     print_evidence(found)
     if backend:
-        print(f"model calls {backend.calls}, no usable answer after {backend.tries} tries: "
-              f"{dict(+backend.failures)}")
+        print(f"model calls {backend.calls}, failures after {backend.tries} tries {dict(+backend.failures)}")
     for category, values in sorted(scores.items()):
         print(f"  answers, {category:30} {np.mean(values):.3f}  ({len(values)} questions)")
     if any("session" in category for category in scores):
@@ -2132,8 +2074,7 @@ def evaluate_corpus(args, backend):
 def print_evidence(found):
     if not found:
         return print("this corpus marks no evidence turns: there is no recall to measure")
-    print(f"\nevidence recall @5 / @10 / @20{'':20}" + "".join(f"{r:^22}"
-                                                               for r in ("TF-IDF", "BM25", "DCPM")))
+    print(f"\nevidence recall @5 / @10 / @20{'':20}{'TF-IDF':^22}{'BM25':^22}{'DCPM':^22}")
     for category in [*dict.fromkeys(c for c, _ in found), "all questions"]:
         line, n = "", 0
         for ranker in ("TF-IDF", "BM25", "DCPM"):
@@ -2150,8 +2091,8 @@ STORY = (
     ("2024-02-03", "I drew up an itinerary for the flight. I run alone."),
     ("2024-02-17", "I prepared the report weeks ahead. I mapped out the cake step by step."),
     ("2024-03-02", "I moved to Berlin because Acme closed its Paris office. I went to the gym by myself."),
-    ("2024-03-16", "I booked the hotel in advance. I borrowed a guitar. I made an agenda for the meeting. I "
-                   "have migraines."),
+    ("2024-03-16", "I booked the hotel in advance. I borrowed a guitar. I made an agenda for the meeting. "
+                   "I have migraines."),
     ("2024-03-30", "I had a list for the stew. I did the race solo. I still live in Berlin."),
     ("2024-04-13", "Back in 2021 I lived in Rome. I had a schedule for the train journey. Maybe I'll move to "
                    "Lima."),
@@ -2168,18 +2109,18 @@ def tell_story():
     for day, text in STORY:
         print(f'   {day}  "{text}"')
         print(" " * 15 + ", ".join(f"{op} {id_}" for op, id_ in memory.observe(text, day, session=day)))
-    print("\n2. A revised belief is a chain, not an overwritten row; Rome, told last, was spliced in where it belongs:\n")
+    print("\n2. A revised belief is a chain, not an overwritten row; Rome, told last, was spliced in:\n")
     print(f"   {chain_line(store, ('user', 'residence', None)).text}\n")
+    memory.sleep("2024-05-12")
     for question in ("Where do I live?", "Where did I live before Berlin?", "Why do I live in Berlin?",
                      "Do I like coffee?",
                      "Where does my sister live?", "What is coming up?", "Do I have migraines?"):
-        memory.sleep("2024-05-12")
         text, ids = memory.answer(question, "2024-05-12")
         print(f"   {question:33} {text}   {', '.join(ids)}")
-    print("\n3. By night habits inside one domain become schemas, habits alike across domains a core schema.\n")
+    print("\n3. By night habits inside a domain become schemas, habits alike across domains a core schema.\n")
     for node in [*store.schemas.values(), *store.cores.values()]:
-        print(f"   [{node.id}] {node.text} ({node.status}, confidence {node.confidence:.2f}, "
-              f"{len(node.evidence)} beliefs)")
+        print(f"   [{node.id}] {node.text} ({node.status}, {node.confidence:.2f}, {len(node.evidence)} "
+              f"beliefs)")
     question = "How should I get ready for my first aquarium?"
     print(f"\n4. The context for a question about a domain that never came up: {question}\n")
     for line in memory.recall(question, "2024-05-12", 50, separate=True).lines:
@@ -2220,8 +2161,8 @@ def benchmark(args):
     if args.heldout:
         banks = {"held-out": json.loads(path.read_text(encoding="utf-8"))}
     print(f"The miniature benchmark. Lexicon and frames {lexicon_hash()}; collision: behaviour >= "
-          f"{BEHAVIOUR_ALIKE}, "
-          f"content < {CONTENT_UNLIKE}; ± half a 95 % bootstrap interval over personas.")
+          f"{BEHAVIOUR_ALIKE},"
+          f" content < {CONTENT_UNLIKE};\n± is half a 95 % bootstrap interval over personas.")
     for name, bank in banks.items():
         table, frames, lexicon = run_benchmark(bank, args.personas, args.budget, args.seed)
         facts = print_benchmark(name, table, frames, lexicon, args.budget)
@@ -2233,16 +2174,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="dcpm.py", allow_abbrev=False, description=__doc__.split("\n")[0])
     for flag, default, text in (
             ("personas", 60, "generated personas in the miniature benchmark"),
-            ("budget", 120, "tokens of context per question in the benchmark"), ("seed", 0,
-                                                                                 "of the personas"),
+            ("budget", 120, "tokens of context per question in the benchmark"),
+            ("seed", 0, "of the personas"),
             ("data", "", "a LoCoMo, LongMemEval or PersonaMem file: ingest it and print evidence recall"),
             ("questions", "", "PersonaMem: the questions csv (looked for beside --data)"),
             ("sample", "", "only the sample of this name, e.g. conv-26"),
             ("sessions", 0, "only the first N sessions of each sample (0 = all)"),
             ("model", "", "llm: a Hugging Face chat model, a folder, or the URL of a server"),
             ("model_name", "", "llm: the server's name of the model"),
-            ("max_new_tokens", 512, "llm: longest reply"), ("ask", 100000,
-                                                            "llm: answer at most N questions")):
+            ("max_new_tokens", 512, "llm: longest reply"),
+            ("ask", 100000, "llm: answer at most N questions")):
         parser.add_argument(f"--{flag}", type=type(default), default=default, help=text)
     parser.add_argument("--heldout", action="store_true", help="the test bank instead; the result is logged")
     parser.add_argument("--format", default="", choices=["", "locomo", "longmemeval", "personamem"])
@@ -2254,14 +2195,13 @@ def main(argv=None):
     parser.error = fail
     args = parser.parse_args(argv)
     if args.personas < 2 or min(args.budget, args.sessions, args.ask) < 0 or args.max_new_tokens < 1:
-        fail("--personas must be at least 2, --max_new_tokens 1; --budget, --sessions and --ask cannot be "
-             "negative")
+        fail("--personas must be >= 2, --max_new_tokens >= 1; --budget, --sessions and --ask >= 0")
     if (args.backend == "llm") != bool(args.model) or (args.model and not args.data):
         fail("--backend llm goes with --model NAME and --data FILE")
     try:
         if args.data:
-            evaluate_corpus(args, LLM.load(args.model, args.model_name, args.max_new_tokens) if args.model
-                            else None)
+            llm = LLM.load(args.model, args.model_name, args.max_new_tokens) if args.model else None
+            evaluate_corpus(args, llm)
         else:
             if not args.heldout:
                 tell_story()
