@@ -495,19 +495,16 @@ FRAMES = [(a, p, re.compile(rf"^{pattern}[\s.!]*$", re.I)) for a, p, pattern in 
     ("residence", 1, rf"(?:{_HAVE} )?(?:moved|moving|relocated|returned) (?:back |house )?to (?P<v>.+)"),
     ("residence", -1, r"moved (?:away from|out of) (?P<v>.+)"),
     ("employer", 1, rf"(?:{_BE} )?work(?:s|ed|ing)? (?:at|for) (?P<v>.+)"),
-    ("employer", 1, r"(?:joined|started (?:working )?(?:at|for)|switched (?:jobs )?to|got (?:a job at|hired "
-                    r"by)) (?P<v>.+)"),
-    ("employer", 0, r"(?:(?:have|has) (?P<v>a|my|no) job|(?:quit|lost|left) (?:my|his|her|the) job.*|got "
-                    r"laid off.*)"),
+    ("employer", 1, r"(?:joined|started (?:working )?(?:at|for)|switched (?:jobs )?to|got a job at) (?P<v>.+)"),
+    ("employer", 0, r"(?:ha(?:ve|s) (?P<v>a|my|no) job|(?:quit|lost|left) (?:my|his|her|the) job.*|got laid off.*)"),
+    ("diet", 1, rf"(?:{_BE}|became|went|turned) (?:an? )?(?P<v>vegan|vegetarian|pescatarian|keto)"),
     ("occupation", 1, rf"(?:work(?:s|ing)? as|became|{_BE} training as) an? (?P<v>.+)"),
     ("occupation", 1, rf"{_BE} an? (?P<v>(?:\w+ )?(?:\w+(?:eer|ist|ician|ian|cher|tor|yer|ter|ner|ver|ger)"
-                      r"|nurse|cook|chef))"),
+                      r"|nurse|cook|chef))(?: (?:at|in|for) .+)?"),
     ("name", 1, rf"{_BE} called (?P<v>.+)"),
     ("age", 1, rf"(?:{_BE}|turned) (?P<v>\d{{1,3}})(?: years old)?"),
     ("partner", 1, rf"(?:{_BE} (?:dating|engaged to|married to)|married) (?P<v>.+)"),
     ("partner", 0, r"(?:got divorced|broke up|separated)(?P<v>).*"),
-    ("diet", 1, rf"(?:{_BE}|became|went|turned) (?:an? )?(?P<v>vegan|vegetarian|pescatarian|gluten-free|"
-                rf"keto)"),
     ("condition", 1, rf"(?:{_HAVE}|suffer from|get|was diagnosed with) (?P<v>(?:\w+ )?(?:migraines?|asthma|"
                      r"diabetes|insomnia|arthritis|allerg\w+|anxiety|depression|eczema|adhd))"),
     ("possession", 1, rf"(?:{_HAVE}(?: got)?|owns?|bought|got|adopted) (?:an?|my own|two|three) (?P<v>.+)"),
@@ -515,8 +512,8 @@ FRAMES = [(a, p, re.compile(rf"^{pattern}[\s.!]*$", re.I)) for a, p, pattern in 
     ("hobby", 1, r"(?:play|plays|played|playing) (?P<v>.+)"),
     ("hobby", 1, r"(?:took up|take up|have taken up|picked up|started|got into|do|practi[sc]e|am learning) "
                  r"(?P<v>\w+ing\b.*|yoga|karate|chess|judo|pilates|ballet|pottery|the \w+|\w+ lessons)"),
-    ("likes", 1, rf"(?:like|love|enjoy|adore|prefer)s? (?P<v>.+)|{_BE} (?:fond of|into|a (?:big )?fan of) "
-                 rf"(?P<w>.+)"),
+    ("likes", 1, rf"(?:like|love|enjoy|adore|prefer)s? (?P<v>.+)"
+                 rf"|{_BE} (?:fond of|into|a (?:big )?fan of) (?P<w>.+)"),
     ("likes", -1, rf"(?:dislike|hate|loathe|cannot stand)s? (?P<v>.+)|{_BE} (?:tired|sick) of (?P<w>.+)"),
     ("?", -1, rf"(?:{_HAVE} )?(?:given up|gave up|quit|stopped|dropped|went off) (?P<v>.+)"),
     ("?", 1, rf"(?:{_BE} \w+ing|{_BE} back (?:on|to|at|into)|resumed|took up|returned to|started) "
@@ -526,32 +523,33 @@ FRAMES = [(a, p, re.compile(rf"^{pattern}[\s.!]*$", re.I)) for a, p, pattern in 
     ("habit", 1, r"(?:always|usually|often|never|regularly|tend to|every \w+) (?P<v>.+)"),
     ("opinion", 1, r"(?:think|believe|feel|find) (?:that )?(?P<v>.+)"),
 )]
-FUTURE = re.compile(rf"^(?:{_BE} going to|will|plan to|{_BE} planning to|need to|{_HAVE} to|{_BE}|{_HAVE}|"
-                    rf"hope to) "
+FUTURE = re.compile(rf"^(?:{_BE} going to|will|plan to|{_BE} planning to|need to|{_HAVE} to|{_BE}|{_HAVE}) "
                     r"(?P<v>.+)$", re.I)
-NEGATOR = re.compile(rf"^(?:used to|no longer|{_BE} no longer|(?:do|does) not|(?:{_HAVE} )?stopped|not)\s+",
-                     re.I)
-FIRST = re.compile(rf"^.{{0,40}}?\b(?:(?P<i>I)|[Mm]y (?P<who>{RELATIVES}))\s+(?P<rest>.+)$", re.S)
-NAMED = re.compile(r"^(?P<who>[A-Z][a-z]+) (?P<rest>(?:lives|moved|works|joined|got|has) .+)$", re.S)
+NEGATOR = re.compile(rf"^(?:used to|(?:{_BE} )?no longer|(?:do|does) not|(?:{_HAVE} )?stopped|not)\s+", re.I)
+FIRST = re.compile(rf"^.{{0,40}}?\b(?:(?P<i>I|[Ww]e)|[Mm]y (?P<who>{RELATIVES})(?: [A-Z][a-z]+)?)\s+"
+                   r"(?P<rest>.+)$", re.S)
+NAMED = re.compile(r"^(?!(?:He|She|They|It|You|This|That|There|The|Some\w+|Every\w+|No\w+|Who) )"
+                   r"(?P<who>[A-Z][a-z]+) (?P<rest>(?:lives|moved|works|joined|got|has) .+)$", re.S)
 MY = re.compile(r"^(?:.{0,20}\b)?[Mm]y (?P<a>name|age|birthday|favou?rite [\w ]+?) is (?P<v>.+)$", re.S)
 HEDGE = re.compile(r"\b(maybe|might|perhaps|possibly|thinking (?:of|about)|considering|not sure)\b", re.I)
 HYPOTHESIS = re.compile(r"\b(if|would|wish|imagine|suppose|unless|as if|hope)\b", re.I)
+CLAUSE_ENDS = re.compile(r"(;|, but |\bbut (?=I\b|my\b)|,? and (?=I\b|my\b)|, then (?=I\b))")
 QUALIFIER = re.compile(r"\b(?:especially|only|mostly|mainly|particularly|on weekends)\b", re.I)
 FORGET = re.compile(r"\b(?:forget|delete|erase|(?:do not|don't) remember)\b "
                     r"(?:about |that |the fact that |what I said about )?(.+)", re.I)
-ADVERB = re.compile(r"^(?:(?:still|now|also|just|really|currently|recently|actually|finally|even|totally) )+",
-                    re.I)
-SHORT = [(r"\bI'm\b", "I am"), (r"\bI've\b", "I have"), (r"\bI'll\b", "I will"), (r"\bI'd\b", "I would"),
+ADVERB = re.compile(r"^(?:(?:still|now|also|just|really|currently|recently|actually|finally|even|totally|"
+                    r"ha(?:ve|s) been(?= \w+ing)) )+", re.I)
+SHORT = [(r"\bI'm\b", "I am"), (r"\b(I|[Ww]e)'ve\b", r"\1 have"), (r"\b(I|[Ww]e)'ll\b", r"\1 will"),
+         (r"\b(I|[Ww]e)'d\b", r"\1 would"), (r"\b([Ww])e're\b", r"\1e are"),
          (r"n't\b", " not"), (r"\bca not\b", "cannot"), (r"\b(she|he|it|that)'s\b", r"\1 is")]
 
 
 def clauses(text):
     """(start, end, clause, is_question) of every clause; quoted speech is blanked out."""
     text = re.sub(r'"[^"]*"|“[^”]*”', lambda m: " " * len(m.group()), text)
-    for sentence in re.finditer(r"[^.!?\n]+(?:[.](?=\w)[^.!?\n]*)*[.!?]*", text):
+    for sentence in re.finditer(r"(?:\b(?:St|Mrs?|Ms|Dr|Prof)[.]|[.](?=\w)|[^.!?\n])+[.!?]*", text):
         question, start = "?" in sentence.group()[-3:], sentence.start()
-        for piece in re.split(r"(;|, but |\bbut (?=I\b|my\b)|,? and (?=I\b|my\b)|, then (?=I\b))",
-                              sentence.group()):
+        for piece in CLAUSE_ENDS.split(sentence.group()):
             body, lead = piece.strip(" .,;!"), len(piece) - len(piece.lstrip(" .,;!"))
             if words(body):
                 yield start + lead, start + lead + len(body), body, question
@@ -592,7 +590,8 @@ def read_clause(body, me, t):
     since = window[0] if window and window[1] < t[:10] else t  # only a date in the past moves the event
     if mine := MY.match(body):
         attribute = mine["a"].replace("favourite", "favorite")
-        return Claim(attribute, tidy(mine["v"], attribute), subject=me, t_event=since)
+        value = mine["v"] if attribute == "birthday" else tidy(mine["v"], attribute)
+        return Claim(attribute, value, subject=me, t_event=t)
     match = FIRST.match(body) or NAMED.match(body)
     if not match:
         return None
@@ -611,11 +610,12 @@ def read_clause(body, me, t):
         return Claim("plan", tidy(future["v"], "plan"), until=window[1], **told)
     if negator := NEGATOR.match(rest):
         rest, sign = ADVERB.sub("", rest[negator.end():]), -1
+    undated = " ".join(DATE.sub(" ", rest).split())
     for attribute, polarity, pattern in FRAMES:
-        if hit := pattern.match(rest):
+        if hit := pattern.match(undated):
             value = tidy(next((v for v in hit.groupdict().values() if v), ""), attribute)
             if polarity == 0:
-                if sign == 1 and re.match(r"ha(?:ve|s) (?:a|my) job", rest):
+                if sign == 1 and re.match(r"ha(?:ve|s) (?:a|my) job", undated):
                     break
                 value = ""
             elif not key(value):
@@ -648,7 +648,7 @@ def slot_of(store, claim):
     single = attribute in SINGLE or attribute.startswith("favorite")
     slot = (claim.subject, attribute, None if single else value)
     head = store.head(slot)
-    if single and claim.polarity == -1 and head and key(head.value) != key(claim.value):
+    if single and claim.polarity == -1 and (head is None or key(head.value) != key(claim.value)):
         return claim.subject, "event", key(claim.text)  # "I used to live in Rome" does not end Paris
     return slot
 
@@ -692,8 +692,10 @@ def write_claims(store, turn, claims):
             continue
         touched |= {prev, next_, node and node.id} - {None}
         if op == "CONFIRM":
-            earlier = {"t_event": claim.t_event} if claim.t_event < node.t_event else {}
-            store.commit(op, [node.id], turn.id, source=source, **earlier)
+            before = store.beliefs.get(node.prev)
+            earlier = claim.t_event < node.t_event and (before is None or before.t_event <= claim.t_event)
+            moved = {"t_event": claim.t_event} if earlier else {}
+            store.commit(op, [node.id], turn.id, source=source, **moved)
         else:
             old, text = store.beliefs.get(prev), claim.text
             if op == "REFINE" and not set(words(old.text)) <= set(words(text)):
@@ -1009,6 +1011,13 @@ def people_in(store, question):
     return named or store.speakers[:1]
 
 
+def asked_about(question):
+    """Single-valued attributes that a question is about."""
+    favourites = re.findall(r"\bfavou?rite (\w+)", question, re.I)
+    return [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)] + [
+        f"favorite {thing.lower()}" for thing in favourites]
+
+
 def visible_schemas(store, now):
     """Schemas and cores as far as their support is alive *now*: `observe` never touches them."""
     def alive(schema):
@@ -1029,8 +1038,7 @@ def visible_schemas(store, now):
 
 def node_line(b):
     """One belief on its own."""
-    text = b.text + (" (no longer)" if b.polarity < 1 else "")
-    return Line(b.id, "fact", f"{b.t_event[:10]} {text}", b.t_event, [(b.t_event, text)])
+    return Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event, [(b.t_event, b.text)])
 
 
 def chain_line(store, slot):
@@ -1054,7 +1062,7 @@ def recall(store, question, now, budget=800, links=True, schemas=True, sweep=Tru
     the authors' reader; else they take their share and displace facts. `links=False`: beliefs one by one.
     """
     wanted, size = {c: [] for c in (*SHARES, "fact", "newest")}, 0
-    asked = [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)]
+    asked = asked_about(question)
     hits = top_beliefs(store, f"{question} {' '.join(asked)}")
     newest = list(store.beliefs.values())[-50:][::-1]  # nearest neighbours always find something: so do we
     named = [(p, a, None) for a in (*asked, *sorted(SINGLE)) for p in people_in(store, question)]
@@ -1068,7 +1076,7 @@ def recall(store, question, now, budget=800, links=True, schemas=True, sweep=Tru
         b = store.head(item) if links else store.beliefs[item]
         line = chain_line(store, item) if links else node_line(b) if b.status != "suppressed" else None
         if line:
-            profile = b.slot[1] in SINGLE and b.slot[1] not in asked
+            profile = b.slot[2] is None and b.slot[1] not in asked
             line.channel = ("newest" if item not in found else "identity" if b.layer == "identity"
                             else "profile" if profile else "fact")
             wanted[line.channel].append(line)
@@ -1131,8 +1139,7 @@ def answer_rules(store, question, now):
         items = [n for n in lines if n.channel == "intention"]
         return "; ".join(n.text for n in items) or "Nothing that I know of.", [n.id for n in items]
     q = set(words(question))
-    asked = [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)]
-    slots = [(p, a, None) for p in people_in(store, question) for a in asked]
+    slots = [(p, a, None) for p in people_in(store, question) for a in asked_about(question)]
     slots += [b.slot for b in top_beliefs(store, question, 20) if set(words(b.value)) & q
               and b.slot[2] and b.slot[1] not in ("event", "maybe", "plan")]
     for slot in slots:
@@ -1149,14 +1156,14 @@ def answer_from_chain(store, slot, chain, question, now):
     if re.match(r"why\b", question, re.I):
         turn, start, end, _ = head.sources[0]
         return f"{head.reason or 'no reason given'} — “{store.turns[turn].text[start:end]}”", [head.id]
+    if window and window[1] < now[:10] and "before" not in question:
+        node = as_of(store, slot, window[1])
+        return (node.value, [node.id]) if node else ("I don't know.", [])
     if PAST.search(question):  # walk one link back; a refinement is no earlier state
         known = [b for b in chain if b.link_kind != "refine"]
         named = [i for i, b in enumerate(known) if b.value and key(b.value) in key(question)]
         at = named[0] if named else len(known) - 1
         return (known[at - 1].value, [known[at - 1].id]) if at > 0 else ("Nothing before that.", [])
-    if window and window[1] < now[:10]:
-        node = as_of(store, slot, window[1])
-        return (node.value, [node.id]) if node else ("I don't know.", [])
     if re.match(r"(do|does|am|is|have|has)\b", question, re.I):
         return ("Yes" if head.polarity == 1 else "No") + f", since {head.t_event[:10]}.", [head.id]
     return head.value if head.polarity == 1 else f"No longer {head.value}".strip(), [head.id]

@@ -308,3 +308,25 @@ def test_a_chain_cannot_fork():
     ("on March 3rd", ("2024-03-03", "2024-03-03"))])
 def test_dates_are_read_against_the_conversation(text, window):
     assert dcpm.date_window(text, "2024-05-15") == window  # a Wednesday
+
+
+@pytest.mark.parametrize("texts, slot, chain", [
+    (["I used to live in Rome.", "I moved to Madrid last March."], HOME, [("Madrid", 1)]),  # Rome begins nothing
+    (["I'm a nurse at St. Mary's hospital."], ("user", "occupation", None), [("nurse", 1)]),
+    (["I became a vegetarian in 2021."], ("user", "diet", None), [("vegetarian", 1)]),
+    (["My brother Tom works at Shell."], ("brother", "employer", None), [("Shell", 1)]),
+    (["I've been playing tennis.", "I stopped playing tennis."], ("user", "hobby", "tenni"), [("tennis", 1), ("tennis", -1)]),
+    (["We moved to Lisbon.", "They moved to Oslo."], HOME, [("Lisbon", 1)]),
+    (["My birthday is 3 May."], ("user", "birthday", None), [("3 May", 1)]),
+    (["My favourite colour is blue.", "My favorite colour is now green."], ("user", "favorite colour", None),
+     [("blue", 1), ("green", 1)]),
+    (["I quit my job.", "I started working at Globex yesterday!"], WORK, [("", 0), ("Globex", 1)])])
+def test_frames(texts, slot, chain):
+    memory = tell(*texts)
+    assert [(b.value, b.polarity) for b in memory.trail(slot)] == chain and memory.check() == []
+
+
+def test_forgotten_things_do_not_come_back_refined():
+    memory = tell("I have migraines.", "Forget my migraines.", "I have migraines, mostly at night.", "I no longer have migraines.")
+    assert [b.status for b in memory.trail(("user", "condition", "migrain"))] == ["suppressed"]
+    assert "igraine" not in memory.recall("migraines at night", "2024-06-01").text and memory.check() == []
