@@ -495,8 +495,8 @@ FRAMES = [(a, p, re.compile(rf"^{pattern}[\s.!]*$", re.I)) for a, p, pattern in 
     ("residence", 1, rf"(?:{_HAVE} )?(?:moved|moving|relocated|returned) (?:back |house )?to (?P<v>.+)"),
     ("residence", -1, r"moved (?:away from|out of) (?P<v>.+)"),
     ("employer", 1, rf"(?:{_BE} )?work(?:s|ed|ing)? (?:at|for) (?P<v>.+)"),
-    ("employer", 1, r"(?:joined|started (?:working )?(?:at|for)|switched (?:jobs )?to|got a job at) (?P<v>.+)"),
-    ("employer", 0, r"(?:ha(?:ve|s) (?P<v>a|my|no) job|(?:quit|lost|left) (?:my|his|her|the) job.*|got laid off.*)"),
+    ("employer", 1, r"(?:joined|started (?:working )?(?:at|for)|switched to|got a job at) (?P<v>.+)"),
+    ("employer", 0, r"(?:ha(?:ve|s) (?:a|my|no) job|(?:quit|lost|left) (?:my|his|her|the) job.*|was fired)"),
     ("diet", 1, rf"(?:{_BE}|became|went|turned) (?:an? )?(?P<v>vegan|vegetarian|pescatarian|keto)"),
     ("occupation", 1, rf"(?:work(?:s|ing)? as|became|{_BE} training as) an? (?P<v>.+)"),
     ("occupation", 1, rf"{_BE} an? (?P<v>(?:\w+ )?(?:\w+(?:eer|ist|ician|ian|cher|tor|yer|ter|ner|ver|ger)"
@@ -506,7 +506,7 @@ FRAMES = [(a, p, re.compile(rf"^{pattern}[\s.!]*$", re.I)) for a, p, pattern in 
     ("partner", 1, rf"(?:{_BE} (?:dating|engaged to|married to)|married) (?P<v>.+)"),
     ("partner", 0, r"(?:got divorced|broke up|separated)(?P<v>).*"),
     ("condition", 1, rf"(?:{_HAVE}|suffer from|get|was diagnosed with) (?P<v>(?:\w+ )?(?:migraines?|asthma|"
-                     r"diabetes|insomnia|arthritis|allerg\w+|anxiety|depression|eczema|adhd))"),
+                     r"diabetes|insomnia|arthritis|allerg\w+|anxiety|depression|eczema|adhd))\b.*"),
     ("possession", 1, rf"(?:{_HAVE}(?: got)?|owns?|bought|got|adopted) (?:an?|my own|two|three) (?P<v>.+)"),
     ("possession", -1, r"(?:sold|lost|gave away|got rid of|donated) (?:my|the|our|his|her) (?P<v>.+)"),
     ("hobby", 1, r"(?:play|plays|played|playing) (?P<v>.+)"),
