@@ -405,7 +405,7 @@ class Store:
 
 # ------------------------------------------------------------------ behaviour lexicon and domains
 # Two entries are a pair of opposite poles: name | gloss | cues. Lexicon, domains and frames were fixed before
-# the test phrases were written; their hash is logged with every held-out result.
+# the test bank was first run; their hash is logged with every held-out result.
 LEXICON = """
 plans | plans ahead and prepares in detail | checklist, list, schedule, itinerary, spreadsheet, \
 in advance, weeks ahead, timetable, plan ahead, mapped out, draw up, drew up, prepare, outline, agenda, \
@@ -2145,14 +2145,17 @@ def tell_story():
 
 
 def lexicon_hash():
-    """What must not change between writing the test bank and reporting it."""
+    """What must not change unnoticed between two results on the test bank."""
     return digest(POLES, DOMAINS, [(a, p, f.pattern) for a, p, f in FRAMES])
 
 
 def log_heldout(facts, table, path):
     """Append date, commit, hashes and figures to a log outside the repository; old results stay."""
     git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=path.parent, capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(git, cwd=path.parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = "no git"
     folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "four-papers"
     folder.mkdir(parents=True, exist_ok=True)
     entry = {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit, "lexicon": lexicon_hash(),
@@ -2213,8 +2216,8 @@ def main(argv=None):
             if not args.heldout:
                 tell_story()
             benchmark(args)
-    except DcpmError as error:
-        fail(error)
+    except (DcpmError, OSError) as error:
+        fail(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

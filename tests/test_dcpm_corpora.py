@@ -170,6 +170,27 @@ def test_banks_share_no_four_words_in_a_row():
         assert all(len(dcpm.poles_of(p.format("it"))) <= 1 for p in line.split("|"))
 
 
+def test_heldout_appends_to_a_log_outside_the_repository(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    for _ in range(2):
+        dcpm.main(["--heldout", "--personas", "2"])
+    lines = (tmp_path / "four-papers" / "dcpm_heldout.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert len(entries) == 2 and entries[0]["facts"] == entries[1]["facts"]
+    assert {"date", "commit", "lexicon", "bank", "accuracy"} <= set(entries[0])
+    assert "development" not in capsys.readouterr().out  # the two kinds of bank never run together
+
+
+def test_the_default_command_does_not_read_the_test_bank(monkeypatch, capsys):
+    read = Path.read_text
+
+    def guarded(self, *args, **kwargs):
+        assert "heldout" not in self.name
+        return read(self, *args, **kwargs)
+    monkeypatch.setattr(Path, "read_text", guarded)
+    dcpm.main(["--personas", "2"])
+
+
 def test_bootstrap_is_over_personas():
     mean, low, high = dcpm.bootstrap(np.array([0.0, 0, 0, 1]))
     assert mean == 0.25 and low == 0 and high >= 0.5

@@ -12,7 +12,7 @@ import stress_memory
 
 
 def test_three_hundred_random_histories():
-    assert stress_memory.run(300, "suite", 25) == 300 * 25
+    assert stress_memory.run(300, "suite", 20) == 300 * 20
 
 
 def test_random_histories_reach_every_kind_of_event_and_node():
