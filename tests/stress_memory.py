@@ -106,4 +106,9 @@ def run(histories, seed=0, length=40):
 
 if __name__ == "__main__":
     histories, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 10000, sys.argv[2] if len(sys.argv) > 2 else "0"
-    print(f"{run(histories, seed)} operations in {histories} histories, every invariant held after each")
+    done = operations = 0
+    while done < histories:
+        part = min(500, histories - done)
+        operations += run(part, f"{seed}-{done}")
+        done += part
+        print(f"{operations} operations in {done} of {histories} histories: every invariant held after each", flush=True)
