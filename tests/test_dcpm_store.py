@@ -70,3 +70,32 @@ def test_rule_backend_imports_no_model_library():
     assert run.returncode == 0, run.stderr[-2000:]
     imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in run.stderr.splitlines() if "|" in line}
     assert "sklearn" in imported and not imported & {"torch", "transformers", "datasets", "common"}
+
+
+def test_hostile_and_odd_texts_are_kept_and_break_nothing():
+    memory = dcpm.Memory()
+    texts = ["", "\x00", "a" * 3000, "." * 3000, "1 " * 1500, '"' * 2999, "I " * 1500, "my sister " * 300, "\n" * 3000,
+             "I like " + "very " * 600, "I moved to " + "A" * 3000, "forget " * 300, "🙂" * 300, "I live in \x00Paris.",
+             "on 99 May, in 0000, 31 June 2023, 2023-13-45, 99999999999 years ago", "I moved to Oslo 900 years ago.",
+             "I'm flying to Rome on 29 February 2023.", "In 2021 I lived in Rome. " * 100]
+    for i, text in enumerate(texts):
+        memory.observe(text, "2024-05-01", f"s{i}")
+    memory.sleep("2024-06-01")
+    assert [t.text for t in memory.store().turns.values()] == texts and memory.check() == []
+    assert memory.recall("", "2024-06-01", 0).text == "" and memory.answer("", "2024-06-01")[0] == "I don't know."
+
+
+def test_a_bad_date_and_an_unknown_id_are_refused_before_anything_is_kept():
+    memory = dcpm.Memory()
+    for bad in ("yesterday", "", "2024-13-01"):
+        try:
+            memory.observe("I live in Paris.", bad)
+        except ValueError:
+            pass
+        else:
+            raise AssertionError(bad)
+    assert not memory.store().turns
+    try:
+        memory.why("b99")
+    except dcpm.DcpmError as error:
+        assert "b99" in str(error)
