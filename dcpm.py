@@ -361,6 +361,7 @@ class Store:
         """Put `belief` between its neighbours: all four links or none, and never a second head."""
         belief.slot, belief.sources = tuple(belief.slot), [tuple(s) for s in belief.sources]
         before, after = self.beliefs.get(prev), self.beliefs.get(next)
+        # The neighbours must still be neighbours: two writers who read the same head cannot both append to it.
         fits = (before.next == next if before else after.prev is None if after
                 else belief.slot not in self.heads)
         if not fits or belief.id in self.beliefs:
@@ -570,6 +571,7 @@ def tidy(value, attribute):
 def extract_rules(turn):
     """Turn -> (claims, phrases to forget). An assistant claims nothing: a suggestion is no preference."""
     claims, forget = [], []
+    # The order matters: a request to forget is no claim, and a question asserts nothing.
     for start, end, body, question in clauses(turn.text) if turn.speaker != "assistant" else ():
         found = FORGET.search(body)
         if found and (not question or re.match(r"(?:can|could|will|would|please)", body, re.I)):
@@ -610,6 +612,7 @@ def read_clause(body, me, t):
         return Claim("plan", tidy(future["v"], "plan"), until=window[1], **told)
     if negator := NEGATOR.match(rest):
         rest, sign = ADVERB.sub("", rest[negator.end():]), -1
+    # The date has been read; left inside it would hide the frame ("became a vegetarian in 2021").
     undated = " ".join(DATE.sub(" ", rest).split())
     for attribute, polarity, pattern in FRAMES:
         if hit := pattern.match(undated):
@@ -673,6 +676,7 @@ def decide(store, claim, slot):
         if old < new or (claim.detail and not new <= old):  # strictly more specific: tested before CONFIRM
             return "REFINE", None, head.id, None, "refine"
         return "CONFIRM", head, None, None, None
+    # Told late: find its place by event time. Making it the head would bring back the past as the present.
     after = next(b for b in store.chain(slot) if b.t_event > claim.t_event)
     for neighbour in (before := store.beliefs.get(after.prev), after):
         if neighbour and same(neighbour):
@@ -688,6 +692,7 @@ def write_claims(store, turn, claims):
         slot = slot_of(store, claim)
         op, node, prev, next_, kind = decide(store, claim, slot)
         source = (turn.id, *claim.span, claim.reliability)
+        # One operation per existing node and turn: else one sentence said twice would confirm itself.
         if {prev, next_, node and node.id} & touched or (node and any(s[0] == turn.id for s in node.sources)):
             continue
         touched |= {prev, next_, node and node.id} - {None}
@@ -749,6 +754,7 @@ def induce_rules(store, pool):
     Not over the words of raw sentences: word overlap groups sentence shapes, not habits.
     """
     pool = [b for b in pool if b.tags and b.domain]
+    # One column per pole, domain and person: two beliefs are near iff behaviour, domain and person agree.
     columns = {name: i for i, name in enumerate([*POLES, *DOMAINS, *store.speakers])}
     vectors = np.zeros((len(pool), len(columns)))
     for row, b in zip(vectors, pool):
@@ -861,6 +867,7 @@ def refresh_core(core, schemas):
 def plan_schemas(store, now, induce):
     """All schemas as they should be tonight: new ones, recounted ones, and which replaced its opposite."""
     schemas = copy.deepcopy(store.schemas)
+    # The whole pool every night, not only what is uncited: the same store must give the same schemas.
     pool = [b for b in store.beliefs.values() if holds(b) and b.slot[0] in store.speakers
             and b.slot[1] not in ("maybe", "plan")]
     for subject, domain, behaviour, text, vector, ids in induce(store, pool):
@@ -869,6 +876,7 @@ def plan_schemas(store, now, induce):
             schema = schemas.setdefault(id_, Schema(id_, subject, domain, behaviour, text, now))
             schema.text = text if schema.text == WITHDRAWN else schema.text
             schema.vector, schema.evidence = vector, list({*schema.evidence, *ids})
+    # x of the confidence: live beliefs of the same person and domain that show the opposite behaviour.
     shows = Counter((b.slot[0], b.domain, tag) for b in pool for tag in b.tags)
     for schema in schemas.values():
         refresh_schema(schema, store, shows[schema.subject, schema.domain, opposite(schema.behaviour)])
@@ -1062,6 +1070,7 @@ def recall(store, question, now, budget=800, links=True, schemas=True, sweep=Tru
     the authors' reader; else they take their share and displace facts. `links=False`: beliefs one by one.
     """
     wanted, size = {c: [] for c in (*SHARES, "fact", "newest")}, 0
+    # 1. What to show: chains of the attribute asked about, then word hits, then the profile, then the newest.
     asked = asked_about(question)
     hits = top_beliefs(store, f"{question} {' '.join(asked)}")
     newest = list(store.beliefs.values())[-50:][::-1]  # nearest neighbours always find something: so do we
@@ -1083,11 +1092,13 @@ def recall(store, question, now, budget=800, links=True, schemas=True, sweep=Tru
             size += line.cost
             if size > 3 * budget:  # more could not fit, whatever the shares leave over
                 break
+    # 2. Schemas of the question's own domain come first; where it has none, cores speak for it.
     if schemas:
         found, cores = visible_schemas(store, now)
         own = [s for s in found if s.domain == domain_of(question)]
         nodes = own + (cores if sweep else []) + [s for s in found if s not in own]
         wanted["schema"] = [Line(n.id, "schema", n.text, n.created, [(n.created, n.text)]) for n in nodes]
+    # 3. What is coming up; `until` is compared with `now`, so a lapsed plan is never shown as one.
     for item in sorted(store.intentions.values(), key=lambda i: (i.until, i.id)):
         alive = any(holds(store.beliefs[b]) for b in item.evidence)
         if item.status == "open" and item.until >= now[:10] and alive:
@@ -1108,6 +1119,7 @@ def assemble(store, wanted, question, now, budget, separate):
         return tokens
     if separate:
         chosen.update((n.id, n) for n in wanted["schema"][:SCHEMA_LINES])
+    # Small fixed shares first, so that a hundred matching facts cannot push the profile or a plan out.
     for channel, share in SHARES.items():
         share = int(budget * share)
         left -= 0 if separate and channel == "schema" else share - spend(wanted[channel], share)
@@ -1616,6 +1628,7 @@ def make_persona(seed, bank):
     poles = [rng.choice(pair) for pair in rng.sample(pairs, 4)]
     domains = rng.sample(sorted(scenes), 10)
     seen, unseen = domains[:6], domains[6:]
+    # Three of the six domains per habit, rotated, so that each domain hosts two habits.
     home = {pole: [seen[(i + k) % 6] for k in (0, 2, 3)] for i, pole in enumerate(poles)}
     for pole in poles:
         for domain in home[pole]:
