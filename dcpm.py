@@ -361,7 +361,7 @@ class Store:
         """Put `belief` between its neighbours: all four links or none, and never a second head."""
         belief.slot, belief.sources = tuple(belief.slot), [tuple(s) for s in belief.sources]
         before, after = self.beliefs.get(prev), self.beliefs.get(next)
-        # The neighbours must still be neighbours: two writers who read the same head cannot both append to it.
+        # The neighbours must still be neighbours: two writers who read one head cannot both append to it.
         fits = (before.next == next if before else after.prev is None if after
                 else belief.slot not in self.heads)
         if not fits or belief.id in self.beliefs:
