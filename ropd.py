@@ -705,7 +705,7 @@ def log_step(run, step, started, rollouts, reward, correct, valid, groups, answe
               "auc": "-" if area is None else area, "entropy": float(rollouts.entropy.sum() / rollouts.mask.sum()),
               "grad": norm, "length": float(rollouts.mask.sum(1).float().mean()), "flat groups": f"{flat}/{len(each)}",
               "judge calls": calls, "left out": ", ".join(f"{kind} {k}" for kind, k in errors.items()) or 0},
-             cut_share=float((~rollouts.finished).float().mean()), wrong_totals=sum(g.wrong_totals for g in good),
+             errors=dict(errors), cut_share=float((~rollouts.finished).float().mean()), wrong_totals=sum(g.wrong_totals for g in good),
              teacher_reward=float(np.mean([r for g in good for r in g.teacher_rewards])) if good else None,
              student_beats_a_teacher=float(np.mean([min(g.teacher_rewards) < max(g.rewards) for g in good])) if good else None,
              effective_m=float(np.mean([len(set(a)) for a in answers])) if answers else None)

@@ -1,0 +1,107 @@
+"""Mutated judge replies: each is parsed into a valid object or is a JudgeError; never another exception, never a wrong total.
+
+    python tests/stress_judge.py [COUNT]        100,000 by default, about a minute
+"""
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import ropd
+
+ODD = [None, True, False, 0, 1, -1, 6, 3.0, 2.5, float("nan"), float("inf"), 10**30, "", "true", "3", "c1", " ", "\ud800",
+       "\x1b[2J", [], {}, [[]], [True], "x" * 5000]
+PIECES = ["{", "}", "[", "]", '"', ",", ":", "\\", "\0", "é", "<think>", "</think>", "```"]
+
+
+def rubric_text(k: int) -> str:
+    items = [{"criterion_id": f"c{i + 1}", "category": "General Reasoning", "criterion": f"Says {i}.", "points": 1 + i % 5}
+             for i in range(k)]
+    return json.dumps({"schema_version": "ropd.rubric.v1", "rubrics": items,
+                       "maximum_score": sum(i["points"] for i in items)})
+
+
+def verdict_text(verdicts, points, total=0) -> str:
+    """total: what every answer claims; 0 = the truth."""
+    answers = [{"answer_index": i, "judgement": v,
+                "final_score": sum(p for p, yes in zip(points, v) if yes) if total == 0 else total}
+               for i, v in enumerate(verdicts, 1)]
+    return json.dumps({"schema_version": "ropd.batch_verifier.v2", "answers": answers})
+
+
+def change_value(rng, node):
+    """Replaces, drops, doubles or renames something, somewhere in a JSON value."""
+    if not isinstance(node, (dict, list)) or not node or rng.random() < 0.2:
+        return rng.choice(ODD)
+    key, action = rng.choice(list(node) if isinstance(node, dict) else range(len(node))), rng.random()
+    if action < 0.15:
+        del node[key]
+    elif action < 0.25 and isinstance(node, dict):
+        node[key + "x"] = node.pop(key)
+    elif action < 0.25:
+        rng.shuffle(node)
+    elif action < 0.35 and isinstance(node, list):
+        node.insert(key, json.loads(json.dumps(node[key])))
+    else:
+        node[key] = change_value(rng, node[key])
+    return node
+
+
+def mutate(rng, text: str) -> str:
+    for _ in range(rng.randint(0, 3)):
+        action, at = rng.randrange(7), rng.randrange(len(text) + 1)
+        if action == 0:
+            text = text[:at]
+        elif action == 1:
+            text = text[:at] + rng.choice(PIECES) + text[at:]
+        elif action == 2:
+            text = text[:at] + text[at + rng.randint(1, 9):]
+        elif action == 3:
+            text = rng.choice(["Sure: ", "```json\n", "{} ", "<think>{</think>", "\ufeff"]) + text + " done {}"
+        elif action == 4:
+            text += text
+        else:
+            try:
+                text = json.dumps(change_value(rng, json.loads(text)))
+            except ValueError:
+                pass
+    return text
+
+
+def check_rubric(text) -> None:
+    rubric = ropd.parse_rubric(text)
+    assert 4 <= len(rubric.criteria) == len(rubric.points) <= 12
+    assert all(type(p) is int and 1 <= p <= 5 for p in rubric.points)
+    assert all(c.strip() and c.isprintable() and c.encode() for c in rubric.criteria)
+
+
+def check_verdicts(text, count, points) -> None:
+    verdicts, wrong = ropd.parse_verdicts(text, count, points)
+    assert len(verdicts) == count and 0 <= wrong <= count
+    for verdict in verdicts:
+        assert len(verdict) == len(points) and all(type(v) is bool for v in verdict)
+        assert ropd.rubric_reward(points, verdict) == sum(p * v for p, v in zip(points, verdict)) / sum(points)
+
+
+def mutations(count: int, seed: int) -> Counter:
+    """count replies, half of them rubrics -> how many were valid, and how many failed in which way."""
+    rng, outcomes = random.Random(seed), Counter()
+    for i in range(count):
+        n, points = rng.randint(1, 12), [rng.randint(1, 5) for _ in range(rng.randint(4, 12))]
+        try:
+            if i % 2:
+                check_rubric(mutate(rng, rubric_text(rng.randint(3, 13))))
+            else:
+                verdicts = [[rng.random() < 0.5 for _ in points] for _ in range(n)]
+                check_verdicts(mutate(rng, verdict_text(verdicts, points)), n, points)
+            outcomes["valid"] += 1
+        except ropd.JudgeError as error:
+            outcomes[error.kind] += 1
+    return outcomes
+
+
+if __name__ == "__main__":
+    total = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    print(f"{total} mutated replies: {dict(mutations(total, seed=1))}")
