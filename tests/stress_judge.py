@@ -1,6 +1,6 @@
 """Mutated judge replies: each is parsed into a valid object or is a JudgeError; never another exception, never a wrong total.
 
-    python tests/stress_judge.py [COUNT]        100,000 by default, about a minute
+    python tests/stress_judge.py [COUNT]        100,000 by default, about half a minute
 """
 import json
 import random

@@ -498,7 +498,7 @@ def test_refusals(tmp_path, refused):
     flags = ["--data", str(data), "--eval_tasks", "5", "--out", out]
     assert "chain problems" in refused(ropd.main, flags) and "--judge" in refused(ropd.main, [*flags, "--teacher", "x"])
     assert "as --teacher" in refused(ropd.main, [*flags, "--method", "sft"])
-    assert "leave --method out" in refused(ropd.main, [*flags, "--explain", "--method", "grpo"])
+    assert "leave it out" in refused(ropd.main, [*flags, "--explain", "--method", "grpo"])
     assert not common.Path(out).exists()
 
 
