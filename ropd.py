@@ -452,12 +452,12 @@ BANK: dict[str, Callable[..., bool]] = {  # sentence with <slots> -> does the an
     "Some digit appears more than twice.":  # a decoy: it has nothing to do with quality
         lambda a: max(Counter(re.findall(r"\d", a.text)).values(), default=0) > 2,
 }
-PATTERNS = [(re.compile(re.sub(r"<\w+>", "(.+)", re.escape(s))), check, s) for s, check in BANK.items()]
+PATTERNS = [(re.compile(re.sub(r"<\w+>", "(.+)", re.escape(s))), check) for s, check in BANK.items()]
 
 
 def meets(answer: Reading, criterion: str) -> bool:
     """Reads the criterion's sentence and checks the answer by it. An unknown sentence is not met."""
-    for pattern, check, _ in PATTERNS:
+    for pattern, check in PATTERNS:
         if found := pattern.fullmatch(criterion):
             return check(answer, *found.groups())
     return False
@@ -722,7 +722,7 @@ def log_step(run, step, started, rollouts, reward, correct, valid, groups, answe
     if sum(errors.values()) > 0.4 * len(groups) > 0:
         run.warn("more than 40 % of the groups were left out, because a reply of teacher or judge was "
                  "missing or unreadable; take a stronger model, or raise --reply_tokens")
-    if answers and run.config.teacher_answers > 1 and all(len(set(a)) < 2 for a in answers):
+    if len(answers) > 3 and run.config.teacher_answers > 1 and all(len(set(a)) == 1 for a in answers):
         run.warn("the teacher's answers to each question are all the same, so m is in fact 1; see whether "
                  "its server ignores the temperature")
     run.notes["judge_calls"] += calls
@@ -735,7 +735,8 @@ def log_step(run, step, started, rollouts, reward, correct, valid, groups, answe
              "length": float(rollouts.mask.sum(1).float().mean()), "flat groups": f"{flat}/{len(each)}",
              "judge calls": calls, "left out": ", ".join(f"{kind} {k}" for kind, k in errors.items()) or 0}
     run.step(step + 1, time.time() - started, shown, errors=dict(errors),
-             cut=float((~rollouts.finished).float().mean()), wrong_totals=sum(g.wrong_totals for g in good),
+             unfinished=float((~rollouts.finished).float().mean()),
+             wrong_totals=sum(g.wrong_totals for g in good),
              teacher_reward=mean([r for g in good for r in g.teacher_rewards]),
              effective_m=mean([len(set(a)) for a in answers]))
 

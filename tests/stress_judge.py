@@ -1,4 +1,4 @@
-"""Mutated judge replies: each is parsed into a valid object or is a JudgeError; never another exception, never a wrong total.
+"""Mutated judge replies: each becomes a valid object or a JudgeError, never another exception or a wrong total.
 
     python tests/stress_judge.py [COUNT]        100,000 by default, about half a minute
 """
