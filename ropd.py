@@ -626,7 +626,9 @@ def teacher_answers(teacher: Callable, store: TeacherCache, tasks: list[Task], m
     new = [task for task in tasks if store.get(question_text(task), m) is None]
     replies = teacher([task.messages for task in new for _ in range(m)], temperature=0.8) if new else []
     for i, task in enumerate(new):
-        store.put(question_text(task), m, [r for r in replies[i * m:(i + 1) * m] if r])
+        # A server may send half a surrogate pair, which no tokenizer takes; it becomes a question mark.
+        texts = [r.encode(errors="replace").decode() for r in replies[i * m:(i + 1) * m] if r]
+        store.put(question_text(task), m, texts)
     return [store.get(question_text(task), m) for task in tasks]
 
 

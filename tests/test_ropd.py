@@ -372,8 +372,8 @@ def test_teacher_cache(tmp_path, refused):
 
 
 def test_a_teacher_that_does_not_finish(tmp_path):
-    teacher, path = Counting(None, "a", None, None), tmp_path / "t.jsonl"
-    assert ropd.teacher_answers(teacher, ropd.TeacherCache(path, {}), tasks_of("p", "q"), 2) == [["a"], []]
+    teacher, path = Counting(None, "a\ud800", None, None), tmp_path / "t.jsonl"
+    assert ropd.teacher_answers(teacher, ropd.TeacherCache(path, {}), tasks_of("p", "q"), 2) == [["a?"], []]
     assert ropd.teacher_answers(teacher, ropd.TeacherCache(path, {}), tasks_of("q"), 2) == [[]] and teacher.asked == 4
 
 
