@@ -34,6 +34,7 @@ environment feedback, KL to a reference (coefficient 0 in the paper).
 """
 import copy
 import dataclasses
+import json
 import math
 import random
 import re
@@ -58,7 +59,7 @@ class Config(common.Config):
         "default", "rollouts that may be distilled; default = wrong ones for srpo, all for sdpo and mix")
     beta: float = option(1.0, "entropy weight exp(-beta H); 0 = all tokens alike")
     ema: float = option(0.05, "share of the student that enters the teacher each step; 0 = frozen teacher, 1 = live")
-    steps: int = option(100, "training steps")
+    steps: int = option(120, "training steps")
     prompts_per_step: int = option(16, "problems a step")
     max_new_tokens: int = option(64, "longest response in tokens")
     lr: float | None = option(None, "learning rate; not given = 2e-4 srpo, 4e-4 sdpo, 4e-5 grpo (tiny); 5e-6, 1e-5, 1e-6 (others)")
@@ -182,7 +183,7 @@ def teacher_pass(teacher, tok, messages: dict[int, list[dict]], rollouts, config
     Hidden states instead of distributions: n x H is small, n x V is not, and the head turns one into the other in chunks.
     """
     hidden, entropies = {}, {}
-    for rows, _ in common.micro_batches(rollouts, messages, config.micro_batch):
+    for rows, _ in common.micro_batches(rollouts, messages, config.micro_batch) if messages else ():
         ids, attention, mask = response_batch(tok, [messages[i] for i in rows], rollouts, rows, config.thinking)
         states = common.hidden_at(teacher, ids, attention, mask)                    # (n, H)
         spread = common.over_vocab_chunks(states, teacher.get_output_embeddings(),
@@ -199,16 +200,18 @@ def token_losses(student, teacher, hidden, targets, teacher_hidden, routed, temp
 
     hidden (n, H) of the student, targets (n,) ids, routed (n,) bool, teacher_hidden (n_s, H).
     """
-    head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+    head, theirs = student.get_output_embeddings(), teacher.get_output_embeddings()
+    dtype = torch.bfloat16 if hidden.device.type == "cuda" else hidden.dtype  # as over_vocab_chunks does for the student
+    weight, bias = theirs.weight.to(dtype), None if theirs.bias is None else theirs.bias.to(dtype)
 
     def logp(logits, target):                                                       # (n, V), (n,)
         return F.log_softmax(logits / temperature, -1).gather(1, target[:, None])[:, 0]
 
     def divergence(logits, states):                                                 # (n, V), (n, H)
         with torch.no_grad():
-            theirs = F.linear(states.to(teacher_head.weight.dtype), teacher_head.weight, teacher_head.bias).float()
-            theirs = F.log_softmax(theirs / temperature, -1)                        # (n, V)
-        return jsd(F.log_softmax(logits / temperature, -1), theirs)
+            teacher_logits = F.linear(states.to(dtype), weight, bias).float()       # (n, V)
+            teacher_logps = F.log_softmax(teacher_logits / temperature, -1)
+        return jsd(F.log_softmax(logits / temperature, -1), teacher_logps)
 
     return (common.over_vocab_chunks(hidden, head, logp, targets),
             common.over_vocab_chunks(hidden[routed], head, divergence, teacher_hidden))
@@ -246,11 +249,11 @@ def backward(student, teacher, tok, tasks, rollouts, reward, config) -> dict:
         ids, attention, mask = response_batch(tok, [tasks[i // group_size].messages for i in rows], rollouts, rows, config.thinking)
         lengths = mask.sum(1)                                                       # (b,)
         z_g, z_s, A = (x[rows].repeat_interleave(lengths) for x in (z_grpo, z_sdpo, advantages.to(ids.device)))  # (n,) each
+        hidden = common.hidden_at(student, ids, attention, mask)                    # (n, H)
         here = [i for i in rows if z_sdpo[i]]
-        none = torch.zeros(0, device=ids.device)
-        logps, d = token_losses(student, teacher, common.hidden_at(student, ids, attention, mask), ids[mask.bool()],
-                                torch.cat([hidden_t[i] for i in here]) if here else none[:, None], z_s > 0, config.temperature)
-        w = torch.cat([weights[i] for i in here]) if here else none                 # (n_s,)
+        states = torch.cat([hidden[:0].detach(), *(hidden_t[i] for i in here)])     # (n_s, H)
+        w = torch.cat([A[:0], *(weights[i] for i in here)])                         # (n_s,)
+        logps, d = token_losses(student, teacher, hidden, ids[mask.bool()], states, z_s > 0, config.temperature)
         # L = (sum z_grpo l_grpo + sum z_sdpo w JSD) / N. One update a batch: the old policy is this one, the ratio exactly 1.
         loss = common.policy_loss(logps, logps.detach(), A, z_g, denominator=tokens)
         (loss + (z_s[z_s > 0] * w * d).sum() / tokens).backward()
@@ -264,11 +267,12 @@ def backward(student, teacher, tok, tasks, rollouts, reward, config) -> dict:
 # ------------------------------------------------------------------------------------------------ the tiny base model
 # What it takes: a base that is often wrong, yet reads a correct solution when one stands in the prompt. A tiny model learns that
 # only from documents that look so, hence they are part of its corpus: an ability by design, not one that emerged.
-MODULUS, OPERATIONS = 10, (4, 4)
-FIT = {"documents": 20000, "steps": 800, "hidden_size": 96, "layers": 2}
+MODULUS, OPERATIONS = 10, (5, 5)
+FIT = {"documents": 12000, "steps": 800, "hidden_size": 80, "layers": 3}
 CONTEXT_SHARE = 0.6    # documents with a correct solution in the prompt
-SAME_STYLE = 0.7       # of those: the attempt keeps the solution's style
-WRONG_STEP = 0.05      # a result is a random number and the chain goes on from it; 0.02 after a correct solution
+SAME_STYLE = 0.8       # of those: the attempt keeps the solution's style
+WRONG_STEP = 0.05      # a result is a random number and the chain goes on from it
+WRONG_WITH_SOLUTION = 0.01  # the same after a correct solution
 SNAP_BACK = 0.5        # after an error: each later result is the solution's again, although it does not follow
 
 
@@ -294,7 +298,7 @@ def context_document(rng, tok, task: Task):
     """Question, a correct solution, then an attempt. Carries loss on both: the solution is good training text as well."""
     long = rng.random() < 0.5
     solution = write_solution(rng, task, long)
-    attempt = write_solution(rng, task, long == (rng.random() < SAME_STYLE), 0.02, SNAP_BACK)
+    attempt = write_solution(rng, task, long == (rng.random() < SAME_STYLE), WRONG_WITH_SOLUTION, SNAP_BACK)
     ids, mask = common.demonstration(tok, Task(reprompt(task.messages, solution), task.answer), attempt)
     start = ids.index(common.encode(tok, HEADING)[0]) + 1
     length = len(common.encode(tok, solution))
@@ -366,6 +370,8 @@ def train(config: Config) -> dict:
         result = evaluate(student, tok, held_out, config)
         run.notes["best_cool"] = max(run.notes.get("best_cool", 0.0), result["cool_accuracy"])
         run.evaluated(when, result)
+        if when == "before":
+            run.notes |= {"cool_before": result["cool_accuracy"], "length_before": result["length"]}
 
     if config.gate_tasks and not config.resume:
         run.log({"gates": gates(student, tok, held_out, config)})
@@ -401,13 +407,106 @@ def train(config: Config) -> dict:
             evaluated(step + 1)
         run.save(step + 1)
     after = evaluate(student, tok, held_out, config)
-    return run.finish(student, tok, after, cool_after=after["cool_accuracy"], length_after=after["length"],
-                      cool_best=max(run.notes["best_cool"], after["cool_accuracy"]))
+    trends = {name: ends(run, key) for name, key in (("teacher_entropy", "H"), ("routed", "routed"), ("teacher_seconds",) * 2)}
+    return run.finish(student, tok, after, cool_before=run.notes["cool_before"], cool_after=after["cool_accuracy"],
+                      length_before=run.notes["length_before"], length_after=after["length"],
+                      cool_best=max(run.notes["best_cool"], after["cool_accuracy"]), **trends)
+
+
+def ends(run, key: str) -> list[float]:
+    """A logged quantity at the start and at the end: means of the first and of the last ten steps that have it."""
+    values = [r[key] for r in map(json.loads, run.metrics.read_text().splitlines()) if key in r]
+    return [sum(part) / len(part) for part in (values[:10], values[-10:])] if values else []
+
+
+# ------------------------------------------------------------------------------------------------ compare, explain
+ROWS = {"grpo": {"method": "grpo"}, "sdpo": {"method": "sdpo"}, "srpo": {"method": "srpo"},
+        "srpo, no weights": {"method": "srpo_no_weight"}, "mix": {"method": "mix"},
+        "grpo at srpo's rate": {"method": "grpo", "lr_of": "srpo"}}
+
+
+def compare(config) -> None:
+    """Every method from the same start on the same problems; after each of the --seeds one table, mean and deviation."""
+    found = {name: [] for name in ROWS}
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name, row in ROWS.items():
+            lr = learning_rate(dataclasses.replace(config, method=row.get("lr_of", row["method"])))
+            folder = f"{config.out or 'runs/srpo-compare'}/{re.sub('[^a-z]+', '-', name)}-s{seed}"
+            first = seed == config.seed and name == next(iter(ROWS))  # the base is fitted and examined once
+            found[name].append(train(dataclasses.replace(
+                config, method=row["method"], lr=lr, seed=seed, out=folder, show_every=0, plot=[],
+                fresh=config.fresh and first, gate_tasks=config.gate_tasks if first else 0)))
+        print(comparison(found), flush=True)
+    print("final: after the last step; best: of all evaluations; a > b: means over the first and over the last ten steps")
+
+
+def comparison(found: dict[str, list[dict]]) -> str:
+    """Summaries of the runs so far -> the table."""
+    def trend(runs, key):
+        pairs = [s[key] for s in runs if s[key]]
+        return " > ".join(f"{sum(x) / len(x):.2f}" for x in zip(*pairs)) if pairs else "-"
+
+    def mean(runs, key):
+        return sum(s[key] for s in runs) / len(runs)
+    accuracies = ("accuracy_after", "accuracy_best", "cool_after", "cool_best")
+    start = next(iter(found.values()))
+    rows = [["start", mean(start, "accuracy_before"), "", mean(start, "cool_before"), "", mean(start, "length_before"), *["-"] * 4]]
+    for name, runs in found.items():
+        rows.append([name, *(common.mean_spread([s[k] for s in runs]) for k in accuracies), mean(runs, "length_after"),
+                     trend(runs, "teacher_entropy"), trend(runs, "routed"), trend(runs, "teacher_seconds"),
+                     mean(runs, "seconds_per_step")])
+    return common.table(rows, ["method", "final, T 1", "best, T 1", "final, T 0.6", "best, T 0.6", "length", "teacher H",
+                               "routed", "teacher s", "s/step"])
+
+
+def explain(config) -> None:
+    """One wrong rollout with a correct sibling: what the teacher says about each of its tokens."""
+    device = common.setup(config)
+    tasks, _ = common.load_tasks(config.data, config.eval_tasks, small_chain)
+    student, tok = load_student(config, device)
+    rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
+    for _ in range(20):
+        task = [rng.choice(tasks)]
+        rollouts = common.rollout(student, tok, task, config.group_size, max_new_tokens=config.max_new_tokens,
+                                  temperature=config.temperature, generator=generator, thinking=config.thinking)
+        reward = common.rewards(rollouts, task)
+        demos = pick_demonstration(reward.tolist(), config.group_size)
+        messages = teacher_messages(tok, task, rollouts, demos, config)
+        if wrong := [i for i in messages if reward[i] < 0.5]:
+            break
+    else:
+        common.fail("no wrong rollout with a correct sibling in 20 problems; take easier problems or a larger --group_size")
+    row = wrong[0]
+    with torch.no_grad():
+        both = []
+        for prompt in (task[0].messages, messages[row]):  # before any training the teacher is the student, only better informed
+            ids, attention, mask = response_batch(tok, [prompt], rollouts, [row], config.thinking)
+            logits = student.get_output_embeddings()(common.hidden_at(student, ids, attention, mask)).float()
+            both.append(F.log_softmax(logits / config.temperature, -1))             # (n, V)
+    p, q = both
+    target, d, h = ids[mask.bool()], jsd(p, q), entropy(q)                          # (n,) each
+    w = entropy_weights(h, config.beta)
+    print(f"problem   {task[0].messages[-1]['content']}\nanswer    {task[0].answer}\nsibling   {solution_text(tok, rollouts, demos[row])}"
+          f"\nrollout   {common.transcript(tok, rollouts, row)}   (wrong)\n")
+    print(common.table([[tok.decode([t]).replace("\n", "\\n"), *(float(x[k].exp()) for x in (p[:, t], q[:, t])),
+                         tok.decode(q[k].argmax()).replace("\n", "\\n"), float(d[k]), float(h[k]), float(w[k])]
+                        for k, t in enumerate(target.tolist())],
+                       ["token", "student p", "teacher p", "teacher's favourite", "JSD", "entropy H", "weight w"]))
+    print("\nthe weights have mean 1 over this rollout; in training the mean is taken over all distilled tokens of the step")
 
 
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
-    train(config)
+    if config.ema > 1:
+        common.fail(f"--ema {config.ema} is out of range; give a share from 0 to 1")
+    if config.explain:
+        return explain(config)
+    if config.compare:
+        return compare(config)
+    if len(config.plot) < 2:
+        train(config)
+    if config.plot:
+        common.plot_runs(config.plot[0], config.plot[1:] or [config.out or f"runs/srpo-{config.method}-s{config.seed}"])
 
 
 if __name__ == "__main__":

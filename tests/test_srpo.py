@@ -1,0 +1,298 @@
+"""SRPO's mathematics on worked numbers, its alignment, and one learning run."""
+import copy
+import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import srpo
+from common import Rollouts, Task
+
+F64 = torch.float64
+torch.set_num_threads(1)  # more threads are far slower for tiny models on a busy machine
+
+
+# ------------------------------------------------------------------------------------------------ routing
+@pytest.mark.parametrize("rewards, demos, z_srpo, z_sdpo", [
+    ([1, 0, 0, 1], [3, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]),
+    ([1, 0, 0, 0], [None, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]),
+    ([0, 0, 0, 0], [None] * 4, [0] * 4, [0] * 4),
+    ([1, 1, 1, 1], [1, 0, 0, 0], [0] * 4, [1, 1, 1, 1]),
+    ([0.5, 0.49, 0, 0], [None, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]),
+    ([0, 0, 1, 0, 0, 1, 0, 0], [2, 2, 5, 2, 2, 2, 2, 2], [1, 1, 0, 1, 1, 0, 1, 1], [1] * 8),
+])
+def test_routing(rewards, demos, z_srpo, z_sdpo):
+    assert srpo.pick_demonstration(rewards, len(rewards)) == demos
+    reward = torch.tensor(rewards, dtype=torch.float)
+    z_grpo, routed, counted = srpo.route(reward, demos)
+    assert routed.tolist() == z_srpo and (z_grpo + routed).tolist() == [1] * len(rewards) and counted.all()
+    z_grpo, routed, counted = srpo.route(reward, demos, "sdpo")
+    assert routed.tolist() == z_sdpo == counted.tolist() and not z_grpo.any()
+    z_grpo, routed, counted = srpo.route(reward, demos, "grpo")
+    assert z_grpo.tolist() == [1] * len(rewards) and not routed.any() and counted.all()
+
+
+def test_demonstrations_are_correct_siblings_and_never_oneself():
+    rng = random.Random(0)
+    for _ in range(300):
+        size, groups = rng.randint(1, 6), rng.randint(1, 5)
+        rewards = [float(rng.random() < 0.4) for _ in range(size * groups)]
+        for i, demo in enumerate(srpo.pick_demonstration(rewards, size)):
+            others = [j for j in range(len(rewards)) if j // size == i // size and j != i and rewards[j] >= 0.5]
+            assert demo == (others[0] if others else None)
+
+
+def test_distill_chooses_right_wrong_or_all():
+    reward, demos = torch.tensor([1.0, 0, 0, 1]), [3, 0, 0, 0]
+    chosen = {d: srpo.route(reward, demos, "sdpo", d)[1].tolist() for d in ("wrong", "right", "all")}
+    assert chosen == {"wrong": [0, 1, 1, 0], "right": [1, 0, 0, 1], "all": [1, 1, 1, 1]}
+    z_grpo, z_sdpo, counted = srpo.route(reward, demos, "mix")
+    assert torch.allclose(z_grpo, torch.full((4,), 0.9)) and torch.allclose(z_sdpo, torch.full((4,), 0.1)) and counted.all()
+
+
+def test_advantage_baseline_is_the_whole_group():
+    assert common.group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, std=False).tolist() == [0.75, -0.25, -0.25, -0.25]
+
+
+# ------------------------------------------------------------------------------------------------ divergence, entropy, weights
+P, Q = torch.tensor([[0.5, 0.25, 0.25]], dtype=F64), torch.tensor([[0.8, 0.1, 0.1]], dtype=F64)
+
+
+def test_jsd_value_symmetry_and_bounds():
+    assert srpo.jsd(P.log(), Q.log()).item() == pytest.approx(0.050672, abs=1e-6)
+    assert torch.allclose(srpo.jsd(P.log(), Q.log()), srpo.jsd(Q.log(), P.log()))
+    assert srpo.jsd(P.log(), P.log()).item() == 0
+    apart = torch.tensor([[0.0, -1e4], [-1e4, 0.0]], dtype=F64)
+    assert srpo.jsd(apart[:1], apart[1:]).item() == pytest.approx(math.log(2))
+
+
+def test_jsd_gradient_on_the_logits():
+    logits = torch.zeros(1, 3, dtype=F64, requires_grad=True)
+    srpo.jsd(logits.log_softmax(-1), Q.log()).sum().backward()
+    assert torch.allclose(logits.grad, torch.tensor([[-0.106823, 0.053412, 0.053412]], dtype=F64), atol=1e-6)
+    p = torch.full((3,), 1 / 3, dtype=F64)
+    h = 0.5 * (p / ((p + Q[0]) / 2)).log()
+    assert torch.allclose(logits.grad[0], p * (h - (p * h).sum()))  # the closed form
+
+
+def test_entropy():
+    rows = torch.tensor([[1.0, 1e-300, 1e-300, 1e-300], [0.9, 0.1, 1e-300, 1e-300], [0.5, 0.5, 1e-300, 1e-300], [0.25] * 4], dtype=F64)
+    assert torch.allclose(srpo.entropy(rows.log()), torch.tensor([0, 0.325083, 0.693147, 1.386294], dtype=F64), atol=1e-6)
+
+
+@pytest.mark.parametrize("entropies, beta, weights", [
+    ([0, 1, 2], 1, [1.995723, 0.734185, 0.270092]),
+    ([0, 1, 2], 2, [2.600440, 0.351931, 0.047629]),
+    ([0, 1, 2], 0, [1, 1, 1]),
+    ([0, math.log(2), math.log(4)], 1, [1.714286, 0.857143, 0.428571]),
+    ([0, 0.5, 1, 3], 1, [1.976092, 1.198560, 0.726964, 0.098384]),
+    ([0.7, 0.7], 1, [1, 1]),
+])
+def test_entropy_weights(entropies, beta, weights):
+    h = torch.tensor(entropies, dtype=F64, requires_grad=True)
+    w = srpo.entropy_weights(h, beta)
+    assert not w.requires_grad and w.mean().item() == pytest.approx(1)
+    assert torch.allclose(w, torch.tensor(weights, dtype=F64), atol=1e-6)
+
+
+def test_ema_rate_is_the_new_share():
+    teacher, student = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        teacher.weight.fill_(1.0), student.weight.fill_(0.0)
+    for expected in (0.95, 0.9025, 0.857375):
+        srpo.ema_update(teacher, student, 0.05)
+        assert teacher.weight.item() == pytest.approx(expected)
+    srpo.ema_update(teacher, student, 1.0)
+    assert teacher.weight.item() == 0.0
+
+
+# ------------------------------------------------------------------------------------------------ one small model for all that follows
+@pytest.fixture(scope="module", autouse=True)
+def small_fit():
+    """The real corpus and the real code, only shrunk: two operations modulo 5, a smaller model, fewer steps."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(srpo, "MODULUS", 5)
+    patch.setattr(srpo, "OPERATIONS", (2, 2))
+    patch.setattr(srpo, "FIT", {"documents": 3000, "steps": 150, "hidden_size": 32, "layers": 2})
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def base(small_fit):
+    return srpo.load_student(srpo.Config(), torch.device("cpu"))
+
+
+CONFIG = srpo.Config(group_size=4, max_new_tokens=24, gate_tasks=0)
+
+
+@pytest.fixture(scope="module")
+def batch(base):
+    """Eight problems, four rollouts each, of which at least one group is mixed; rewards 0 or 1."""
+    model, tok = base
+    rng = random.Random(5)
+    tasks = [srpo.small_chain(rng) for _ in range(8)]
+    rollouts = common.rollout(model, tok, tasks, 4, max_new_tokens=24, generator=torch.Generator().manual_seed(3))
+    return tasks, rollouts, common.rewards(rollouts, tasks)
+
+
+def gradients(base, batch, **flags):
+    model, tok = base
+    tasks, rollouts, reward = batch
+    student, teacher = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
+    log = srpo.backward(student, teacher, tok, tasks, rollouts, reward, dataclasses.replace(CONFIG, **flags))
+    assert all(p.grad is None for p in teacher.parameters())
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in student.parameters()]
+    return torch.cat([g.flatten() for g in grads]), log
+
+
+# ------------------------------------------------------------------------------------------------ alignment
+def test_teacher_equals_student_on_the_same_prompt(base, batch):
+    """JSD 0 at every token; with a longer padded prompt beside it, still below 1e-6. Finds off-by-ones, positions, padding."""
+    model, tok = base
+    tasks, rollouts, _ = batch
+    rows = list(range(6))
+    same = [tasks[i // 4].messages for i in rows]
+    longer = [*same[:5], srpo.reprompt(same[5], "A1, B2. " * 3)]  # only the last row differs: it pads the other five
+
+    def logps(messages):
+        ids, attention, mask = srpo.response_batch(tok, messages, rollouts, rows)
+        hidden = common.hidden_at(model, ids, attention, mask)
+        return torch.log_softmax(model.get_output_embeddings()(hidden), -1), ids[mask.bool()], mask.sum(1)
+
+    with torch.no_grad():
+        p, ids, lengths = logps(same)
+        q, again, _ = logps(longer)
+        assert torch.equal(ids, again) and torch.equal(ids, rollouts.ids[rows][rollouts.mask[rows].bool()])
+        assert srpo.jsd(p, p).abs().max() < 1e-7
+        kept = int(lengths[:5].sum())
+        assert srpo.jsd(p[:kept], q[:kept]).max() < 1e-6 and (p[:kept] - q[:kept]).abs().max() < 1e-4
+        assert srpo.jsd(p[kept:kept + 1], q[kept:kept + 1]) > 1e-6  # the demonstration reaches the first response token
+        # and these are the log-probs that the sampler saw
+        sampled = rollouts.logps[rows][rollouts.mask[rows].bool()]
+        assert (p.gather(1, ids[:, None])[:, 0] - sampled).abs().max() < 1e-4
+
+
+def test_the_last_token_changes_no_logit_in_use(base, batch):
+    model, tok = base
+    tasks, rollouts, _ = batch
+    changed = copy.deepcopy(rollouts)
+    last = int(rollouts.mask[0].nonzero()[-1])
+    changed.ids[0, last] = (changed.ids[0, last] + 1) % len(tok)
+    with torch.no_grad():
+        a, b = (common.hidden_at(model, *srpo.response_batch(tok, [tasks[0].messages], r, [0])) for r in (rollouts, changed))
+    assert torch.equal(a, b)
+
+
+def test_teacher_prompt(base, batch):
+    model, tok = base
+    tasks, rollouts, reward = batch
+    demos = srpo.pick_demonstration(reward.tolist(), 4)
+    messages = srpo.teacher_messages(tok, tasks, rollouts, demos, CONFIG)
+    assert messages and set(messages) == {i for i, d in enumerate(demos) if d is not None}
+    for i, prompt in messages.items():
+        text = prompt[-1]["content"]
+        solution = text.split(srpo.HEADING)[1].split(srpo.CLOSING)[0]
+        assert text.startswith(tasks[i // 4].messages[-1]["content"]) and text.endswith(srpo.CLOSING)
+        assert common.is_correct(solution, tasks[i // 4].answer) and "<|" not in solution
+    assert srpo.teacher_messages(tok, tasks, rollouts, demos, dataclasses.replace(CONFIG, max_prompt_tokens=5)) == {}
+    with_system = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    assert srpo.reprompt(with_system, "d")[0] is with_system[0] and with_system[1]["content"] == "q"
+
+
+def test_thinking_is_not_shown():
+    class Tok:
+        decode = staticmethod(lambda ids, skip_special_tokens: "<think>a\nb</think>\n\nC")
+    rollouts = Rollouts(*(torch.ones(1, 1, dtype=torch.long) for _ in range(3)), *[None] * 7)
+    assert srpo.solution_text(Tok, rollouts, 0) == "C"
+
+
+# ------------------------------------------------------------------------------------------------ the sum
+def test_the_combined_loss_on_worked_numbers(base, monkeypatch):
+    """rewards 1 0 0 1, lengths 2 3 1 2, JSD .1 .2 .3 | .4, entropies 0 ln2 ln4 | 0: L = -0.127273; without weights -0.125."""
+    model, tok = base
+    lengths, width = [2, 3, 1, 2], 4
+    mask = torch.tensor([[0] + [1] * n + [0] * (width - 1 - n) for n in lengths])
+    ids = torch.full((4, width), 5)
+    zeros = torch.zeros(4, width)
+    rollouts = Rollouts(ids, (mask + torch.tensor([1, 0, 0, 0])).clamp(max=1), mask, zeros, zeros, 1, torch.ones(4),
+                        [""] * 4, [[]] * 4, [[]] * 4)
+    task = Task([{"role": "user", "content": "q"}], "1")
+    spread = {1: torch.tensor([0, math.log(2), math.log(4)]), 2: torch.zeros(1)}
+    divergences = {1: [0.1, 0.2, 0.3], 2: [0.4]}
+    total = []
+
+    def teacher_pass(teacher, tok, messages, rollouts, config):
+        return {i: torch.tensor(divergences[i])[:, None] for i in messages}, {i: spread[i] for i in messages}
+
+    def token_losses(student, teacher, hidden, targets, teacher_hidden, routed, temperature):
+        start = hidden.sum() * 0  # a graph to call backward on
+        return torch.zeros(len(targets)) + start, teacher_hidden[:, 0] + start
+
+    monkeypatch.setattr(srpo, "teacher_pass", teacher_pass)
+    monkeypatch.setattr(srpo, "token_losses", token_losses)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: total.append(float(loss.detach())))
+    reward = torch.tensor([1.0, 0, 0, 1])
+    for flags, expected in (({}, -0.127273), ({"beta": 0.0}, -0.125), ({"method": "srpo_no_weight"}, -0.125),
+                            ({"method": "sdpo", "distill": "wrong"}, 0.25), ({"micro_batch": 1}, -0.127273)):
+        total.clear()
+        srpo.backward(model, model, tok, [task], rollouts, reward, dataclasses.replace(CONFIG, **flags))
+        assert sum(total) == pytest.approx(expected, abs=1e-6), flags
+
+
+def test_micro_batches_and_row_order_change_nothing(base, batch):
+    whole, log = gradients(base, batch)
+    assert log["signal"] and 0 < log["routed"] < 1 and whole.abs().max() > 0
+    for size in (1, 3):
+        part, _ = gradients(base, batch, micro_batch=size)
+        assert torch.allclose(whole, part, atol=1e-6)
+    tasks, r, reward = batch
+    turn = [i for g in range(7, -1, -1) for i in range(4 * g, 4 * g + 4)]  # groups in reverse, each in its own order
+    turned = Rollouts(*(x[turn] for x in (r.ids, r.attention_mask, r.mask, r.logps, r.entropy)), r.prompt_length, r.finished[turn],
+                      [r.texts[i] for i in turn], [r.steps[i] for i in turn], [r.tool_status[i] for i in turn])
+    other, _ = gradients(base, (tasks[::-1], turned, reward[turn]))
+    assert torch.allclose(whole, other, atol=1e-6)
+
+
+def test_without_routed_rollouts_srpo_is_grpo(base, batch):
+    tasks, rollouts, _ = batch
+    alone = torch.zeros(32)  # all wrong: nothing to route; then all right
+    for reward in (alone, alone + 1):
+        for method in ("srpo", "grpo", "mix", "srpo_no_weight"):
+            grad, log = gradients(base, (tasks, rollouts, reward), method=method, distill="wrong")
+            assert not grad.any() and not log["signal"] and log["routed"] == 0
+    mixed, grpo = (gradients(base, batch, method=m, max_prompt_tokens=1)[0] for m in ("srpo", "grpo"))
+    assert torch.equal(mixed, grpo) and mixed.any()
+
+
+def test_each_loss_moves_its_own_quantity(base, batch):
+    """A small step along the gradient: SDPO lowers the divergence on this batch, GRPO raises log p of successes, SRPO does both."""
+    model, tok = base
+    tasks, rollouts, reward = batch
+    mixed = [i for i in range(32) if reward[i] and not reward.view(8, 4)[i // 4].all()]
+
+    def quantities(student):
+        log = srpo.backward(copy.deepcopy(student), copy.deepcopy(model), tok, tasks, rollouts, reward,
+                            dataclasses.replace(CONFIG, method="srpo_no_weight"))
+        logps, _ = common.score(student, rollouts)
+        return log["jsd"], float(logps[mixed].sum())
+
+    for method in ("sdpo", "grpo", "srpo"):
+        student, teacher = copy.deepcopy(model), copy.deepcopy(model)
+        before = quantities(student)
+        srpo.backward(student, teacher, tok, tasks, rollouts, reward, dataclasses.replace(CONFIG, method=method, distill="wrong"))
+        with torch.no_grad():
+            for p in student.parameters():
+                p -= 0.05 * p.grad if p.grad is not None else 0
+        after = quantities(student)
+        if method != "grpo":
+            assert after[0] < before[0]
+        if method != "sdpo":
+            assert after[1] > before[1]
