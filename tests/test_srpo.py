@@ -120,7 +120,7 @@ def small_fit():
     patch = pytest.MonkeyPatch()
     patch.setattr(srpo, "MODULUS", 5)
     patch.setattr(srpo, "OPERATIONS", (2, 2))
-    patch.setattr(srpo, "FIT", {"documents": 3000, "steps": 150, "hidden_size": 32, "layers": 2})
+    patch.setattr(srpo, "FIT", {"documents": 4000, "steps": 400, "hidden_size": 48, "layers": 2})
     yield
     patch.undo()
 
@@ -230,7 +230,7 @@ def test_the_combined_loss_on_worked_numbers(base, monkeypatch):
     total = []
 
     def teacher_pass(teacher, tok, messages, rollouts, config):
-        return {i: torch.tensor(divergences[i])[:, None] for i in messages}, {i: spread[i] for i in messages}
+        return {i: torch.tensor(divergences[i])[:, None].expand(-1, 32) for i in messages}, {i: spread[i] for i in messages}
 
     def token_losses(student, teacher, hidden, targets, teacher_hidden, routed, temperature):
         start = hidden.sum() * 0  # a graph to call backward on
@@ -296,3 +296,89 @@ def test_each_loss_moves_its_own_quantity(base, batch):
             assert after[0] < before[0]
         if method != "sdpo":
             assert after[1] > before[1]
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+def run(folder, *flags):
+    """One run on the small base, in process; returns its summary and its log."""
+    srpo.main(["--out", str(folder), "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "24", "--eval_tasks", "30",
+               "--eval_every", "0", "--gate_tasks", "0", *flags])
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((folder / "summary.json").read_text()), [r for r in records if "eval" not in r and "gates" not in r]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--method", "sdpo", "--distill", "right", "--ema", "0"], ["--method", "sdpo", "--distill", "all", "--ema", "1"],
+    ["--method", "grpo"], ["--method", "mix"], ["--method", "srpo_no_weight", "--micro_batch", "5"], ["--beta", "2", "--distill", "all"]],
+    ids=" ".join)
+def test_every_method_runs(tmp_path, flags):
+    summary, steps = run(tmp_path / "r", "--steps", "2", *flags)
+    assert len(steps) == 2 and 0 <= summary["accuracy_after"] <= 1 and summary["skipped_steps"] == 0
+    for r in steps:
+        assert {"reward", "solved", "finished", "length", "routed", "all_wrong", "all_right", "teacher_seconds"} <= r.keys()
+        assert ("jsd" in r) == (r["routed"] > 0) == ("teacher H" in r) and 0 <= r.get("jsd", 0) <= math.log(2)
+        assert "grpo" not in flags or r["routed"] == 0
+
+
+def test_resume_gives_the_run_that_was_never_stopped(tmp_path):
+    whole, steps = run(tmp_path / "a", "--steps", "4", "--save_every", "2")
+    run(tmp_path / "b", "--steps", "2", "--save_every", "2")
+    again, resumed = run(tmp_path / "b", "--steps", "4", "--save_every", "2", "--resume")
+    timeless = [[{k: v for k, v in r.items() if "seconds" not in k} for r in log] for log in (steps, resumed)]
+    assert timeless[0] == timeless[1] and whole["accuracy_after"] == again["accuracy_after"]
+
+
+def test_without_signal_neither_student_nor_teacher_moves(tmp_path, monkeypatch, base):
+    monkeypatch.setattr(common, "rewards", lambda rollouts, tasks: torch.zeros(len(rollouts.texts)))
+    monkeypatch.setattr(srpo, "ema_update", lambda *_: pytest.fail("the teacher moved"))
+    summary, steps = run(tmp_path / "r", "--method", "sdpo", "--steps", "2")
+    after = common.load_model(str(tmp_path / "r" / "model"), "cpu")[0]
+    for p, q in zip(base[0].parameters(), after.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_training_improves_on_its_own_start(tmp_path):
+    summary, _ = run(tmp_path / "r", "--steps", "30", "--prompts_per_step", "16", "--lr", "1e-3", "--eval_tasks", "60")
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.15
+
+
+def test_gates_compare_and_explain(tmp_path, capsys, base):
+    model, tok = base
+    rng = random.Random(9)
+    found = srpo.gates(model, tok, [srpo.small_chain(rng) for _ in range(10)], CONFIG)
+    assert set(found) == {"student", "groups", "sibling", "other"} and all(0 <= v <= 1 for v in found.values())
+    small = ["--prompts_per_step", "8", "--group_size", "8", "--max_new_tokens", "24"]
+    srpo.main([*small, "--compare", "--seeds", "2", "--steps", "1", "--eval_tasks", "10", "--gate_tasks", "0", "--save_every", "0",
+               "--out", str(tmp_path / "c")])
+    out = capsys.readouterr().out
+    assert all(out.count(f"\n| {name} ") == 2 for name in srpo.ROWS)  # a table after each seed
+    srpo.main([*small, "--explain"])
+    out = capsys.readouterr().out
+    assert "sibling" in out and "teacher would say" in out and "<|im_end|>" in out
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--method", "ppo"], "--method"), (["--ema", "1.5"], "--ema"), (["--ema", "-1"], "--ema"), (["--minibatches", "2"], "--minibatches"),
+    (["--data", "none.json"], "none.json"), (["--distil", "all"], "--distil"), (["--beta", "nan"], "--beta")])
+def test_bad_input_is_one_sentence(flags, words, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        srpo.main(["--out", str(tmp_path / "r"), *flags])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and error.startswith("error: ") and len(error.splitlines()) == 1
+
+
+def test_choice_letters_in_the_paper_s_format(tmp_path):
+    rows = [{"prompt": f"Question {i}?\nA: 1\nB: 2", "answer": "B", "system": "Answer in <answer> tags.", "kind": "mcq"} for i in range(12)]
+    (tmp_path / "mcq.json").write_text("\n".join(map(json.dumps, rows)))
+    train, _ = common.load_tasks(str(tmp_path / "mcq.json"), 4)
+    right = "<reasoning>\nA or B\n</reasoning>\n<answer>\nB\n</answer>"
+    assert common.is_correct(right, train[0].answer)
+    for wrong in ("<answer>A</answer>", "B or A", "<answer>B", "<answer>BB</answer>", "<answer>A and B</answer>"):
+        assert not common.is_correct(wrong, train[0].answer), wrong
+    assert [m["role"] for m in srpo.reprompt(train[0].messages, right)] == ["system", "user"]
+
+
+def test_as_a_command():
+    script = Path(srpo.__file__)
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--distill" in done.stdout
