@@ -350,8 +350,8 @@ def gates(student, tok, tasks, config) -> dict:
         if len(solved) > 1:
             asked = [Task(reprompt(tasks[i].messages, s), tasks[i].answer) for i, s in zip(solved, shown)]
             found[name] = float(attempt(asked)[1].mean())
-    print(f"gates: student {found['student']:.2f} (0.2 to 0.5), groups with a success {found['groups']:.2f} (over 0.6)"
-          f"\n       teacher with a sibling's solution {found['sibling']:.2f} (over 0.8), "
+    print(f"gates: student {found['student']:.2f} (0.2 to 0.5), groups with a success {found['groups']:.2f} "
+          f"(0.6 or more)\n       teacher with a sibling's solution {found['sibling']:.2f} (0.8 or more), "
           f"with another problem's {found['other']:.2f} (far less)")
     if not (0.2 <= found["student"] <= 0.5 and found["groups"] >= 0.6
             and found["sibling"] >= max(0.8, found["other"] + 0.2)):

@@ -116,11 +116,10 @@ def test_ema_rate_is_the_new_share():
 # ------------------------------------------------------------------------------------------------ one small model for all that follows
 @pytest.fixture(scope="module", autouse=True)
 def small_fit():
-    """The real corpus and the real code, only shrunk: two operations modulo 5, a smaller model, fewer steps."""
+    """The real corpus and the real code, only shrunk: two operations a chain, a smaller model, fewer steps."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(srpo, "MODULUS", 5)
     patch.setattr(srpo, "OPERATIONS", (2, 2))
-    patch.setattr(srpo, "FIT", {"documents": 4000, "steps": 400, "hidden_size": 48, "layers": 2})
+    patch.setattr(srpo, "FIT", {"documents": 8000, "steps": 500, "hidden_size": 64, "layers": 2})
     yield
     patch.undo()
 
@@ -230,7 +229,7 @@ def test_the_combined_loss_on_worked_numbers(base, monkeypatch):
     total = []
 
     def teacher_pass(teacher, tok, messages, rollouts, config):
-        return {i: torch.tensor(divergences[i])[:, None].expand(-1, 32) for i in messages}, {i: spread[i] for i in messages}
+        return {i: torch.tensor(divergences[i])[:, None].expand(-1, model.config.hidden_size) for i in messages}, {i: spread[i] for i in messages}
 
     def token_losses(student, teacher, hidden, targets, teacher_hidden, routed, temperature):
         start = hidden.sum() * 0  # a graph to call backward on
@@ -338,8 +337,9 @@ def test_without_signal_neither_student_nor_teacher_moves(tmp_path, monkeypatch,
 
 
 def test_training_improves_on_its_own_start(tmp_path):
-    summary, _ = run(tmp_path / "r", "--steps", "30", "--prompts_per_step", "16", "--lr", "1e-3", "--eval_tasks", "60")
-    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.15
+    summary, _ = run(tmp_path / "r", "--steps", "60", "--prompts_per_step", "16", "--group_size", "8", "--lr", "3e-4",
+                     "--eval_tasks", "150")
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.05
 
 
 def test_gates_compare_and_explain(tmp_path, capsys, base):
@@ -348,10 +348,10 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     found = srpo.gates(model, tok, [srpo.small_chain(rng) for _ in range(10)], CONFIG)
     assert set(found) == {"student", "groups", "sibling", "other"} and all(0 <= v <= 1 for v in found.values())
     small = ["--prompts_per_step", "8", "--group_size", "8", "--max_new_tokens", "24"]
-    srpo.main([*small, "--compare", "--seeds", "2", "--steps", "1", "--eval_tasks", "10", "--gate_tasks", "0", "--save_every", "0",
+    srpo.main([*small, "--compare", "--steps", "1", "--eval_tasks", "10", "--gate_tasks", "0", "--save_every", "0",
                "--out", str(tmp_path / "c")])
     out = capsys.readouterr().out
-    assert all(out.count(f"\n| {name} ") == 2 for name in srpo.ROWS)  # a table after each seed
+    assert all(out.count(f"\n| {name} ") == 1 for name in srpo.ROWS)
     srpo.main([*small, "--explain"])
     out = capsys.readouterr().out
     assert "sibling" in out and "teacher would say" in out and "<|im_end|>" in out
