@@ -390,7 +390,7 @@ def train(config: Config) -> dict:
         rollouts = common.rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
                                   generator=generator, **sampling(config))
         sampled = time.time()
-        reward, norm = common.rewards(rollouts, tasks).to(device), 0.0              # (B,)
+        reward, norm = common.rewards(rollouts, tasks), 0.0                         # (B,)
         log = backward(student, teacher, tok, tasks, rollouts, reward, config)
         teacher_seconds = log.pop("teacher_seconds")
         if log.pop("signal"):  # if not, not even Adam's momentum may move the student, and the teacher waits
@@ -512,11 +512,7 @@ def main(argv=None) -> None:
         return explain(config)
     if config.compare:
         return compare(config)
-    if len(config.plot) < 2:
-        train(config)
-    if config.plot:
-        folder = config.out or f"runs/srpo-{config.method}-s{config.seed}"
-        common.plot_runs(config.plot[0], config.plot[1:] or [folder])
+    common.train_and_plot(config, train, "srpo")
 
 
 if __name__ == "__main__":

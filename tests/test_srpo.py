@@ -16,7 +16,6 @@ import srpo
 from common import Rollouts, Task
 
 F64 = torch.float64
-torch.set_num_threads(1)  # more threads are far slower for tiny models on a busy machine
 
 
 # ------------------------------------------------------------------------------------------------ routing
@@ -334,12 +333,6 @@ def test_without_signal_neither_student_nor_teacher_moves(tmp_path, monkeypatch,
     after = common.load_model(str(tmp_path / "r" / "model"), "cpu")[0]
     for p, q in zip(base[0].parameters(), after.parameters()):
         assert torch.equal(p, q)
-
-
-def test_training_improves_on_its_own_start(tmp_path):
-    summary, _ = run(tmp_path / "r", "--steps", "60", "--prompts_per_step", "16", "--group_size", "8", "--lr", "3e-4",
-                     "--eval_tasks", "150")
-    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.05
 
 
 def test_gates_compare_and_explain(tmp_path, capsys, base):
