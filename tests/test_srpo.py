@@ -335,6 +335,17 @@ def test_without_signal_neither_student_nor_teacher_moves(tmp_path, monkeypatch,
         assert torch.equal(p, q)
 
 
+def test_training_solves_the_problems_it_sees_again_and_again(tmp_path):
+    """Four training problems: within 20 steps most of their rollouts are right. What is new to it is another matter."""
+    rng = random.Random(4)
+    rows = [{"question": task.messages[0]["content"], "answer": task.answer} for task in (srpo.small_chain(rng) for _ in range(8))]
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, steps = run(tmp_path / "r", "--data", str(tmp_path / "few.jsonl"), "--eval_tasks", "4", "--group_size", "16",
+                   "--steps", "20", "--lr", "1e-3", "--save_every", "0")
+    solved = [r["solved"] for r in steps]
+    assert sum(solved[-5:]) / 5 > sum(solved[:2]) / 2 + 0.2
+
+
 def test_gates_compare_and_explain(tmp_path, capsys, base):
     model, tok = base
     rng = random.Random(9)
