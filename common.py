@@ -3,14 +3,14 @@
     python common.py        trains the GRPO baseline on the chain task, without tools
 
 Where to start reading:
-1. `rollout`: one batched decoding loop. Ids are only ever appended, so the loss mask is exact by construction.
+1. `rollout`: one batched decoding loop. Ids are only ever appended, so the loss mask is exact.
 2. `token_logps`: the one place that scores tokens, for students, teachers and references alike.
 3. `group_advantages`, `policy_loss`, `update`: GRPO.
 4. `train`: the training loop, written out. The loops of the other files have the same shape.
 
-Letters in shapes: B rollouts (prompts x group_size), T columns (padded prompt, then response), N scored tokens,
-H hidden size, V vocabulary. `mask` (B, T) is 1 exactly on the tokens that the model sampled itself: only they carry
-loss. `attention_mask` (B, T) is 1 on every real token. Both come from what the loop did, never from token values:
+Shapes: B rollouts (prompts x group_size), T columns (padded prompt, then response), N scored tokens, H hidden
+size, V vocabulary. `mask` (B, T) is 1 exactly on the tokens that the model sampled: only they carry loss.
+`attention_mask` (B, T) is 1 on every real token. Both come from what the loop did, never from token values:
 pad may be the same id as the end of a turn.
 """
 import ast
@@ -24,7 +24,6 @@ import operator
 import os
 import random
 import re
-import resource  # noqa: F401  (POSIX only; fails here, early, where the python tool could not set its limits)
 import shutil
 import signal
 import subprocess
@@ -48,12 +47,12 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the python tool forks; tokenizers would warn each time
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of the python tool
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-# ------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 def fail(message: str) -> NoReturn:
     """One sentence on stderr, exit code 2. The only way these scripts complain about their input."""
     print(f"error: {message}", file=sys.stderr)
@@ -70,13 +69,13 @@ class Config:
     tiny_tokens: ClassVar[int] = 96  # --max_new_tokens on the chain task
     model: str = option("tiny", "student: 'tiny' (built and fitted here), a Hugging Face id or a folder")
     method: Literal["grpo"] = option("grpo", "the baseline is the only one here")
-    data: str = option("chain", "'chain' (generated), a Hugging Face dataset id, or a jsonl, json, csv, parquet file")
+    data: str = option("chain", "'chain' (generated), a hub dataset id, or a jsonl, json, csv, parquet file")
     steps: int = option(60, "training steps")
     prompts_per_step: int = option(8, "problems a step")
     group_size: int = option(8, "rollouts a problem")
     minibatches: int = option(1, "optimiser updates on each batch of rollouts")
-    micro_batch: int = option(0, "rollouts a backward pass, to save memory; 0 = all; the gradient stays the same")
-    max_new_tokens: int = option(0, "budget of a trajectory, tool answers included; 0 = enough for the chain, else 1024")
+    micro_batch: int = option(0, "rollouts a backward pass, to save memory; 0 = all; same gradient")
+    max_new_tokens: int = option(0, "tokens a trajectory, tool text included; 0 = 1024, less on the chain")
     max_turns: int = option(8, "assistant turns a trajectory; a tool call in the last turn is not run")
     temperature: float = option(1.0, "of the training rollouts; scoring uses the same")
     lr: float | None = option(None, "learning rate; not given = 3e-4 for tiny models, 1e-6 for others")
@@ -100,18 +99,16 @@ class Config:
             self.max_new_tokens = self.tiny_tokens if self.data == "chain" else 1024
 
 
-AT_LEAST_ONE = ("prompts_per_step", "group_size", "minibatches", "max_turns", "eval_tasks", "seeds")
-
-
 def parse(config_class, argv=None):
-    """Command line -> config. No abbreviations; an unknown flag or a bad value is one sentence and exit code 2."""
+    """Command line -> config. No abbreviations; an unknown flag or bad value: one sentence, exit code 2."""
     parser = HfArgumentParser(config_class, allow_abbrev=False)
     parser.error = fail
     config = config_class(**vars(parser.parse_args(argv)))
-    for f in dataclasses.fields(config):
-        value, least = getattr(config, f.name), {"temperature": 0.01}.get(f.name, int(f.name in AT_LEAST_ONE))
-        if type(value) in (int, float) and not least <= value < math.inf:
-            fail(f"--{f.name} {value} is out of range; give {least} or more")
+    counts = ("prompts_per_step", "group_size", "minibatches", "max_turns", "eval_tasks", "seeds")
+    least = {"temperature": 0.01, **dict.fromkeys(counts, 1)}  # of all other numbers: 0
+    for name, value in vars(config).items():
+        if type(value) in (int, float) and not least.get(name, 0) <= value < math.inf:
+            fail(f"--{name} {value} is out of range; give {least.get(name, 0)} or more")
     if config.resume and config.overwrite:
         fail("--resume and --overwrite contradict each other; give one of them")
     if config.prompts_per_step % config.minibatches:
@@ -120,7 +117,7 @@ def parse(config_class, argv=None):
 
 
 def setup(config) -> torch.device:
-    """Device and thread count. Tiny models get one thread: many are slow on a busy machine, and one is repeatable."""
+    """Device and threads. Tiny models get one: more are slow on a busy machine, and one is repeatable."""
     if config.threads or config.model == "tiny":
         torch.set_num_threads(config.threads or 1)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -150,27 +147,28 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-# What the template always writes in one piece is one token of the tiny tokenizer, so a tool's answer costs three.
+# What the template always writes in one piece is one token of the tiny tokenizer: a tool's answer costs 3.
 TEMPLATE_ATOMS = ["<|im_start|>system\n", "# Tools\n", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>user\n",
                   "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n<tool_response>\n",
                   "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# special=False as in Qwen3: as special tokens they would vanish in decoding, and no tool call could be parsed.
+# special=False as in Qwen3: special tokens vanish in decoding, and then no tool call could be parsed.
 PROTOCOL = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 
 
 def build_tokenizer(atoms: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level tokenizer without merges, plus `atoms`: phrases that are one token each.
 
-    Any text can be encoded (256 bytes), the toy's boilerplate costs one token a phrase, digits and operators stay
-    single. A trained BPE would need hundreds of merges to learn the same phrases.
+    Any text can be encoded (256 bytes); digits and operators stay single. A trained BPE would need hundreds
+    of merges to learn the toy's boilerplate.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
-    core.add_tokens([AddedToken(a, normalized=False, special=False) for a in [*PROTOCOL, *TEMPLATE_ATOMS, *atoms]])
+    phrases = [*PROTOCOL, *TEMPLATE_ATOMS, *atoms]
+    core.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in phrases])
     tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tok.chat_template = TEMPLATE
     return tok
@@ -196,7 +194,7 @@ def save_atomically(obj, path: Path) -> None:
 def cached(model, key, build: Callable, fresh: bool = False):
     """Loads `model`'s weights from the cache, or calls `build()`, which trains it in place, and stores them.
 
-    `key` is whatever the weights depend on (anything json can write). A damaged file is rebuilt with a warning.
+    `key` is what the weights depend on (anything json can write). A damaged file is rebuilt with a warning.
     """
     key = json.dumps([key, model.config.to_dict(), torch.__version__, transformers.__version__], default=str)
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "four-papers"
@@ -213,7 +211,8 @@ def cached(model, key, build: Callable, fresh: bool = False):
     return model.eval()
 
 
-def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e-3, seed: int = 0, fresh=False):
+def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e-3, seed: int = 0,
+             fresh: bool = False):
     """Next-token fit of a tiny model on demonstrations; cached.
 
     docs: list of (ids, mask), lists of equal length; the loss is on the tokens with mask 1, as in SFT.
@@ -226,14 +225,13 @@ def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e
         for _ in tqdm(range(steps), desc=f"fitting {name}", mininterval=1, leave=False):
             batches = batches or length_buckets(docs, batch, rng)
             rows = batches.pop()
-            ids = padded([docs[i][0] for i in rows], 0)                             # (B, T)
-            mask = padded([docs[i][1] for i in rows], 0)                            # (B, T)
+            ids, mask = (padded([docs[i][j] for i in rows], 0) for j in (0, 1))     # (B, T) each
             # Right padding needs no attention mask under causal attention: no real token can look at a pad.
             loss = -token_logps(model, ids, None, mask).sum() / mask.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad()  # after the step: the last gradient must not leak into the training that follows
+            optimizer.zero_grad()  # after the step: the last gradient must not leak into later training
             ramp.step()
 
     digest = hashlib.sha256(json.dumps(docs).encode()).hexdigest()
@@ -242,9 +240,9 @@ def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e
 
 def length_buckets(docs, batch: int, rng) -> list[list[int]]:
     """One shuffled epoch of batches; documents of similar length share a batch, which halves the padding."""
-    order = rng.sample(range(len(docs)), len(docs))
-    pools = [sorted(order[i:i + 16 * batch], key=lambda j: len(docs[j][0])) for i in range(0, len(order), 16 * batch)]
-    batches = [pool[i:i + batch] for pool in pools for i in range(0, len(pool), batch)]
+    order, pool = rng.sample(range(len(docs)), len(docs)), 16 * batch
+    pools = [sorted(order[i:i + pool], key=lambda j: len(docs[j][0])) for i in range(0, len(order), pool)]
+    batches = [rows[i:i + batch] for rows in pools for i in range(0, len(rows), batch)]
     rng.shuffle(batches)
     return batches
 
@@ -252,8 +250,8 @@ def length_buckets(docs, batch: int, rng) -> list[list[int]]:
 def load_model(name: str, device, trainable: bool = True):
     """Hugging Face id or folder -> (model, tokenizer).
 
-    On CUDA a trainable model has fp32 master weights (bf16 ones swallow updates of 1e-6), runs under bf16 autocast
-    and uses gradient checkpointing in the update; a frozen model is stored in bf16.
+    On CUDA a trainable model keeps fp32 master weights (bf16 ones swallow updates of 1e-6), runs under bf16
+    autocast and uses gradient checkpointing in the update; a frozen model is stored in bf16.
     """
     cuda = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if cuda and not trainable else torch.float32
@@ -267,8 +265,8 @@ def load_model(name: str, device, trainable: bool = True):
         fail(f"the tokenizer of '{name}' has no chat template; take an instruction-tuned model")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
-    if trainable and cuda:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # acts in train mode only, so not in rollouts
+    if trainable and cuda:  # acts in train mode only, so not in rollouts
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).requires_grad_(trainable).eval(), tok
 
 
@@ -285,7 +283,7 @@ def autocast(model):
     return torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
 
-# ------------------------------------------------------------------------------------------- tasks and answers
+# -------------------------------------------------------------------------------- tasks and answers
 @dataclass
 class Task:
     messages: list[dict]  # chat messages, the last one by the user
@@ -293,15 +291,16 @@ class Task:
 
 
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-CHAIN_ATOMS = ["Start with ", ", work modulo ", ": ", ", ", ". Put the last value in \\boxed{}.", "\\boxed{", "10"]
+ASK = ". Put the last value in \\boxed{}."
+CHAIN_ATOMS = ["Start with ", ", work modulo ", ": ", ", ", ASK, "\\boxed{", "10"]
 
 
 def chain_task(rng, operations=(3, 5), modulus: int = 10) -> Task:
-    """A chain of + - *, left to right, modulo `modulus`; letters number the operations, else a tiny model miscounts."""
+    """A chain of + - *, left to right, modulo `modulus`; without the letters a tiny model miscounts."""
     start, steps = rng.randrange(modulus), []
     for label in "ABCDEFGH"[:rng.randint(*operations)]:
         steps.append(f"{label}{rng.choice('+-*')}{rng.randrange(1, modulus)}")
-    text = f"Start with {start}, work modulo {modulus}: {', '.join(steps)}. Put the last value in \\boxed{{}}."
+    text = f"Start with {start}, work modulo {modulus}: {', '.join(steps)}{ASK}"
     return Task([{"role": "user", "content": text}], str(chain_values(text)[-1]))
 
 
@@ -320,11 +319,8 @@ def chain_values(text: str) -> list[int]:
     return values
 
 
-FILES = (".jsonl", ".json", ".csv", ".parquet")
-
-
-def load_tasks(source: str, eval_tasks: int, make_chain: Callable = chain_task) -> tuple[list[Task], list[Task]]:
-    """'chain', a file or a hub id -> (training tasks, held-out tasks): disjoint as texts, the same for every seed."""
+def load_tasks(source: str, eval_tasks: int, make_chain=chain_task) -> tuple[list[Task], list[Task]]:
+    """'chain', a file or a hub id -> (training, held-out tasks): disjoint texts, the same for every seed."""
     rng = random.Random(20260)
     if source == "chain":
         tasks = [make_chain(rng) for _ in range(20 * eval_tasks + 4000)]
@@ -333,33 +329,36 @@ def load_tasks(source: str, eval_tasks: int, make_chain: Callable = chain_task) 
         rng.shuffle(tasks)
     unique = list({json.dumps(task.messages): task for task in tasks}.values())
     if len(unique) <= eval_tasks:
-        fail(f"{source} holds {len(unique)} different problems, too few for --eval_tasks {eval_tasks} and training; "
-             "lower --eval_tasks")
+        fail(f"{source} holds {len(unique)} different problems, too few for --eval_tasks {eval_tasks} and "
+             "training; lower --eval_tasks")
     return unique[eval_tasks:], unique[:eval_tasks]
 
 
 def read_rows(source: str) -> list[dict]:
-    """JSON lines, one JSON list, csv, parquet or a hub id -> rows. A bad line is named (`datasets` would hide it)."""
-    path = Path(source)
-    if path.exists() != (path.suffix in FILES):
-        fail(f"there is no file {source}; check --data" if path.suffix in FILES
-             else f"{source} is not one of the files this reads ({', '.join(FILES)}); check --data")
+    """JSON lines, one JSON list, csv, parquet or a hub id -> rows."""
+    path, kinds = Path(source), (".jsonl", ".json", ".csv", ".parquet")
+    if path.exists() != (path.suffix in kinds):
+        fail(f"there is no file {source}; check --data" if path.suffix in kinds
+             else f"{source} is not one of the files this reads ({', '.join(kinds)}); check --data")
     if path.suffix not in (".jsonl", ".json"):
         import datasets  # slow to import, so only where it is needed
         try:
             if path.exists():
                 return list(datasets.load_dataset(path.suffix[1:], data_files=source, split="train"))
             configs = datasets.get_dataset_config_names(source)
-            return list(datasets.load_dataset(source, "main" if "main" in configs else configs[0], split="train"))
+            config = "main" if "main" in configs else configs[0]
+            return list(datasets.load_dataset(source, config, split="train"))
         except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
-            fail(f"cannot read the dataset '{source}' ({type(error).__name__}); check the name, the file or the network")
-    text = path.read_text(encoding="utf-8")
+            fail(f"cannot read the dataset '{source}' ({type(error).__name__}); "
+                 "check the name, the file or the network")
+    text = path.read_text(encoding="utf-8")  # read here, because `datasets` would not name a bad line
     rows, lines = [], [(1, text)] if text.lstrip().startswith("[") else enumerate(text.split("\n"), 1)
     for number, line in lines:
         try:
             found = json.loads(line) if line.strip() else []
         except json.JSONDecodeError as error:
-            fail(f"{source}, line {number + error.lineno - 1}: not valid JSON ({error.msg}); repair or remove it")
+            number += error.lineno - 1
+            fail(f"{source}, line {number}: not valid JSON ({error.msg}); repair or remove it")
         rows += found if isinstance(found, list) else [found]
     return rows
 
@@ -370,19 +369,20 @@ def row_to_task(row: dict, where: str) -> Task:
     question = next((columns[c] for c in ("question", "problem", "prompt") if columns.get(c)), None)
     answer = next((columns[c] for c in ("answer", "solution") if columns.get(c) not in (None, "")), None)
     if question is None or answer is None:
-        fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt, and answer or "
-             "solution; rename them")
+        fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt, "
+             "and answer or solution; rename them")
     messages = list(question) if isinstance(question, list) else [{"role": "user", "content": str(question)}]
     if columns.get("system"):
         messages = [{"role": "system", "content": columns["system"]}, *messages]
     if not any("boxed" in m["content"] or "<answer>" in m["content"] for m in messages):
-        messages[-1] = {**messages[-1], "content": messages[-1]["content"] + "\n\nPut the final answer in \\boxed{}."}
+        text = messages[-1]["content"] + "\n\nPut the final answer in \\boxed{}."
+        messages[-1] = {**messages[-1], "content": text}
     return Task(messages, final_answer(str(answer)) or str(answer).strip())
 
 
 def final_answer(text: str) -> str | None:
-    """What a text commits to: the last \\boxed{}, else <answer>, else `#### x`, else the text if it is one number
-    or one capital letter; None if there is no such thing."""
+    """What a text commits to: the last \\boxed{}, else <answer>, else `#### x`, else the whole text if it is
+    one number or one capital letter; else None."""
     text = text.rsplit("</think>", 1)[-1]
     start = text.rfind("\\boxed{")
     if start >= 0:
@@ -399,7 +399,7 @@ def final_answer(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Numbers lose commas, money and per cent signs and trailing zeros; words lose spaces and case; a letter is exact."""
+    """Numbers lose commas, $, % and trailing zeros; words lose spaces and case; a single letter is exact."""
     plain = re.sub(r"[\s,$%]|\\[ ,!%$]", "", answer).rstrip(".")
     try:
         value = float(plain)
@@ -414,7 +414,7 @@ def is_correct(text: str, answer: str) -> bool:
     return found is not None and normalise(found) == normalise(answer)
 
 
-# ------------------------------------------------------------------------------------------- tools
+# -------------------------------------------------------------------------------------------- tools
 @dataclass
 class Tool:
     """One callable tool. `run(arguments)` -> (text for the model, status: 'ok', 'error' or 'timeout')."""
@@ -426,17 +426,19 @@ class Tool:
 
     @property
     def schema(self) -> dict:
-        parameters = {"type": "object", "properties": {self.parameter: {"type": "string"}}, "required": [self.parameter]}
-        return {"type": "function",
-                "function": {"name": self.name, "description": self.description, "parameters": parameters}}
+        return {"type": "function", "function": {
+            "name": self.name, "description": self.description,
+            "parameters": {"type": "object", "properties": {self.parameter: {"type": "string"}},
+                           "required": [self.parameter]}}}
 
 
+BAD_EXPRESSION = "error: not a valid expression"
 BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
           ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 
 
 def calculate(node) -> float:
-    """Value of an arithmetic syntax tree: numbers, + - * / // % **, signs, parentheses. Anything else: ValueError."""
+    """Value of an arithmetic syntax tree: numbers, + - * / // % **, signs, parentheses; else ValueError."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
@@ -448,9 +450,6 @@ def calculate(node) -> float:
             raise ValueError("9**9**9 would never end")
         return BINARY[type(node.op)](left, right)
     raise ValueError("not arithmetic")
-
-
-BAD_EXPRESSION = "error: not a valid expression"
 
 
 def run_calculator(arguments: dict) -> tuple[str, str]:
@@ -469,11 +468,11 @@ def cut_middle(text: str, limit: int = 256) -> str:
     return text if len(text) <= limit else text[:limit // 2] + "...(truncated)..." + text[-limit // 2:]
 
 
-# Runs inside the child before the model's code: limits first; then the code, its last line printed if an expression.
+# Runs inside the child before the model's code: limits first; a last line that is an expression is printed.
 PYTHON_CHILD = """
 import ast, resource
-for what, limit in ((resource.RLIMIT_CPU, 10), (resource.RLIMIT_AS, 2 << 30), (resource.RLIMIT_FSIZE, 1 << 20),
-                    (resource.RLIMIT_CORE, 0)):
+for what, limit in ((resource.RLIMIT_CPU, 10), (resource.RLIMIT_AS, 2 << 30),
+                    (resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_CORE, 0)):
     resource.setrlimit(what, (limit, limit))
 tree = ast.parse(open("code.py").read(), "code.py")
 last = tree.body[-1] if tree.body else None
@@ -484,16 +483,17 @@ exec(compile(ast.fix_missing_locations(tree), "code.py", "exec"), {"__name__": "
 
 
 def run_python(arguments: dict, seconds: float = 10.0) -> tuple[str, str]:
-    """Runs the model's code in a subprocess: isolated mode, own session, limits on CPU, memory and file size, a
-    temporary folder, an empty environment, no stdin; at the time limit the whole process group is killed.
+    """Runs the model's code in a subprocess (POSIX): isolated mode, own session, temporary folder, empty
+    environment, no stdin, limits on CPU, memory and file size; a time-out kills the whole process group.
 
-    It does NOT stop code from reading files that you can read, opening sockets, or leaving its session. The right
-    wall for a model you do not trust is a container.
+    It does NOT stop code from reading files that you can read, opening sockets, or leaving its session. The
+    right wall for a model you do not trust is a container.
     """
     code = str(arguments.get("code", ""))
-    fenced = re.search(r"```(?:python)?\n(.*?)```", code, re.DOTALL)
+    if fenced := re.search(r"```(?:python)?\n(.*?)```", code, re.DOTALL):
+        code = fenced.group(1)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "out"), "w+b") as out:
-        Path(folder, "code.py").write_text(fenced.group(1) if fenced else code, encoding="utf-8", errors="replace")
+        Path(folder, "code.py").write_text(code, encoding="utf-8", errors="replace")
         child = subprocess.Popen([sys.executable, "-I", "-c", PYTHON_CHILD], cwd=folder, env={},
                                  stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         try:
@@ -515,11 +515,11 @@ TOOLS = {
 
 
 def parse_tool_call(text: str) -> dict | None:
-    """The first well-formed <tool_call>{"name": ..., "arguments": {...}}</tool_call>; None ends the trajectory."""
+    """The first well-formed <tool_call>{"name": ..., "arguments": {...}}</tool_call> in a turn, or None."""
     for body in re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.DOTALL):
         with contextlib.suppress(ValueError, RecursionError):
             call = json.loads(body)
-            if isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict):
+            if type(call) is dict and type(call.get("name")) is str and type(call.get("arguments")) is dict:
                 return call
     return None
 
@@ -535,9 +535,9 @@ def run_tools(tool: Tool, calls: list[dict]) -> list[tuple[str, str]]:
         return list(pool.map(one, calls))
 
 
-# ------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 def end_of_turn(tok) -> int:
-    """Id that ends an assistant's turn. Qwen3-Base ends its texts with another token, but its turns with this one."""
+    """Id that ends an assistant's turn. Qwen3-Base ends texts with another token, but turns with this one."""
     return tok.get_vocab().get("<|im_end|>", tok.eos_token_id)
 
 
@@ -551,11 +551,12 @@ def encode(tok, text: str, **how) -> list[int]:
 
 
 def prompt_ids(tok, messages: list[dict], tool: Tool | None = None, thinking: bool = False) -> list[int]:
-    """Chat messages -> ids up to where the assistant begins. If the template ignores tools, a system message tells."""
+    """Chat messages -> ids up to where the assistant begins."""
     text = render(tok, messages, [tool.schema] if tool else None, thinking)
-    if tool and tool.description not in text:
-        note = (f"You can call this tool:\n{json.dumps(tool.schema)}\nTo call it, end your turn with <tool_call>"
-                f'{{"name": "{tool.name}", "arguments": {{"{tool.parameter}": "..."}}}}</tool_call>.')
+    if tool and tool.description not in text:  # the template ignores tools: a system message of ours tells
+        note = (f"You can call this tool:\n{json.dumps(tool.schema)}\nTo call it, end your turn with "
+                f'<tool_call>{{"name": "{tool.name}", "arguments": {{"{tool.parameter}": "..."}}}}'
+                "</tool_call>.")
         own = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
         rest = messages[1:] if own else messages
         text = render(tok, [{"role": "system", "content": own + note}, *rest], None, thinking)
@@ -564,10 +565,11 @@ def prompt_ids(tok, messages: list[dict], tool: Tool | None = None, thinking: bo
 
 @functools.lru_cache(maxsize=64)
 def tool_glue(tok, thinking: bool = False) -> tuple[list[int], list[int]]:
-    """The ids that the template puts before and after a tool's text: from behind the assistant's end-of-turn token
-    (sampled, so already there) to where its next turn begins. Cut out of the tokenizer's own template."""
+    """The ids that the tokenizer's own template puts before and after a tool's text: from behind the
+    assistant's end-of-turn token (sampled, so already there) to where its next turn begins."""
     said, heard = "@@SAID@@", "@@HEARD@@"
-    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}, {"role": "tool", "content": heard}]
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said},
+            {"role": "tool", "content": heard}]
     text = render(tok, talk, None, thinking)
     if heard not in text:  # the template has no tool role: say it as the user
         talk[-1] = {"role": "user", "content": f"<tool_response>\n{heard}\n</tool_response>"}
@@ -578,12 +580,12 @@ def tool_glue(tok, thinking: bool = False) -> tuple[list[int], list[int]]:
 
 
 def tool_message_ids(tok, text: str, thinking: bool = False) -> list[int]:
-    """A tool's answer as ids. Control tokens written inside `text` are encoded as plain text: a tool cannot end a turn."""
+    """A tool's answer as ids. Control tokens in `text` are encoded as plain text: no tool can end a turn."""
     before, after = tool_glue(tok, thinking)
     return before + encode(tok, text, split_special_tokens="<|" in text) + after
 
 
-# ------------------------------------------------------------------------------------------- rollouts
+# ----------------------------------------------------------------------------------------- rollouts
 @dataclass
 class Rollouts:
     """B = len(tasks) * group_size rows; the group_size rollouts of one task stand side by side."""
@@ -602,7 +604,7 @@ class Rollouts:
 @dataclass
 class Row:
     """One trajectory while it is being written."""
-    response: list = field(default_factory=list)   # (id, 1 if sampled, log-prob, entropy) for each token so far
+    response: list = field(default_factory=list)   # (id, 1 if sampled, log-prob, entropy) of each token
     queue: deque = field(default_factory=deque)    # ids waiting to be taken instead of sampled
     turn: list[int] = field(default_factory=list)  # sampled ids of the current turn
     status: list[str] = field(default_factory=list)
@@ -613,15 +615,16 @@ class Row:
 
 @torch.no_grad()
 def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None, max_new_tokens: int = 256,
-            max_turns: int = 8, temperature: float = 1.0, top_p: float = 1.0, generator=None, thinking=False) -> Rollouts:
+            max_turns: int = 8, temperature: float = 1.0, top_p: float = 1.0, generator=None,
+            thinking: bool = False) -> Rollouts:
     """Samples group_size trajectories a task, all in one batch with one KV cache.
 
-    In each column every row either *samples* its next token or, while ids are queued for it (a tool's answer with the
-    template around it), *takes the next queued id*. Which of the two it was is the loss mask. So a tool turn costs no
-    second prefill, and nothing is decoded and encoded again: a row's ids are exactly what the model saw.
+    In each column every row either *samples* its next token or, while ids are queued for it (a tool's answer
+    with the template around it), *takes the next queued id*. Which of the two it was is the loss mask. A tool
+    turn costs no second prefill, and nothing is decoded and encoded again: the ids are what the model saw.
 
-    A turn ends with the end-of-turn token. If its text holds a tool call, the tool runs and its message is queued;
-    else the row is done. A message that would not fit into max_new_tokens ends the row too.
+    A turn ends with the end-of-turn token. If its text holds a tool call, the tool runs and its message is
+    queued; else the row is done. A message that would not fit into max_new_tokens ends the row too.
     """
     assert not model.training, "rollouts need model.eval(): gradient checkpointing would switch the cache off"
     device, end = model.device, end_of_turn(tok)
@@ -638,13 +641,14 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
     batch = rows  # the rows that are still being decoded, in the order of the cache
     while True:
         token, logp, entropy = choose(logits.float(), temperature, top_p, generator)        # (n,) each
-        forced = torch.tensor([row.queue.popleft() if row.queue else -1 for row in batch], device=device)  # (n,)
-        token = torch.where(forced >= 0, forced, token)                                     # (n,)
+        queued = [row.queue.popleft() if row.queue else -1 for row in batch]
+        forced = torch.tensor(queued, device=device)                                        # (n,)
+        token = torch.where(forced >= 0, forced, token)  # (n,) every row drew; a queued id overrules the draw
         calls = []
-        for row, t, f, lp, h in zip(batch, *(x.tolist() for x in (token, forced, logp, entropy))):
-            if not row.done:
-                row.response.append((t, 1, lp, h) if f < 0 else (t, 0, 0.0, 0.0))
-                if f < 0:
+        for row, t, q, lp, h in zip(batch, token.tolist(), queued, logp.tolist(), entropy.tolist()):
+            if not row.done:  # a done row may sit in the batch for a while: what it draws is dropped
+                row.response.append((t, 1, lp, h) if q < 0 else (t, 0, 0.0, 0.0))
+                if q < 0:  # only a sampled end token ends the turn, not the ones in a tool's message
                     row.turn.append(t)
                     if t == end and (call := close_turn(row, tok, tool, max_turns)):
                         calls.append((row, call))
@@ -656,8 +660,8 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
             row.done |= len(row.response) >= max_new_tokens
         keep = [j for j, row in enumerate(batch) if not row.done]
         if not keep:
-            break
-        if len(keep) < len(batch) / 2:  # done rows leave the batch, but not one by one: each time copies the cache
+            return pack(tok, prompts, rows, group_size, device)
+        if len(keep) < len(batch) / 2:  # done rows leave, but not one by one: each time copies the cache
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
             token, attention, batch = token[index], attention[index], [batch[j] for j in keep]
@@ -665,7 +669,6 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
         with autocast(model):
             logits = model(input_ids=token[:, None], attention_mask=attention, past_key_values=cache,
                            position_ids=positions(attention)[:, -1:]).logits[:, -1]         # (n, V)
-    return pack(tok, prompts, rows, group_size, device)
 
 
 def close_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
@@ -680,36 +683,36 @@ def close_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
 
 def pack(tok, prompts, rows: list[Row], group_size: int, device) -> Rollouts:
     """Finished rows -> tensors."""
-    prompts = [p for p in prompts for _ in range(group_size)]
-
-    def columns(left, right, fill=0, dtype=torch.long):  # (B, T)
-        return torch.cat([padded(left, fill, True, device, dtype), padded(right, fill, False, device, dtype)], 1)
-
-    tokens, sampled, logps, entropy = ([[entry[j] for entry in row.response] for row in rows] for j in range(4))
-    nothing = [[0] * len(p) for p in prompts]
-    mask = columns(nothing, sampled)
     for row in rows:
         if row.turn:  # cut in the middle of a turn
             row.text = tok.decode(row.turn, skip_special_tokens=False)
             row.status.append("none")
+
+    def columns(left, right, fill=0, how=torch.long):                               # (B, T)
+        return torch.cat([padded(left, fill, True, device, how), padded(right, fill, False, device, how)], 1)
+
+    prompts = [p for p in prompts for _ in range(group_size)]
+    nothing, ones = ([[bit] * len(p) for p in prompts] for bit in (0, 1))
+    tokens, sampled, logps, entropy = ([[e[j] for e in row.response] for row in rows] for j in range(4))
+    mask = columns(nothing, sampled)                                                # (B, T)
     return Rollouts(
         ids=columns(prompts, tokens, tok.pad_token_id), mask=mask,
-        attention_mask=columns([[1] * len(p) for p in prompts], [[1] * len(t) for t in tokens]),
+        attention_mask=columns(ones, [[1] * len(t) for t in tokens]),
         logps=columns(nothing, logps, 0, torch.float), entropy=columns(nothing, entropy, 0, torch.float),
-        prompt_length=max(map(len, prompts)), finished=torch.tensor([row.finished for row in rows], device=device),
-        texts=[row.text for row in rows], steps=[step_spans(m) for m in mask.tolist()],
-        tool_status=[row.status for row in rows])
+        prompt_length=max(map(len, prompts)), texts=[row.text for row in rows],
+        finished=torch.tensor([row.finished for row in rows], device=device),
+        steps=[step_spans(m) for m in mask.tolist()], tool_status=[row.status for row in rows])
 
 
 def choose(logits, temperature: float, top_p: float, generator):
-    """logits (n, V) -> token, its log-prob, entropy, each (n,). Temperature 0 is greedy; top_p < 1 for evaluation only:
-    a policy sampled with top_p but scored without it is trained on the wrong ratio."""
+    """logits (n, V) -> token, its log-prob, entropy, each (n,). Temperature 0 is greedy. top_p < 1 only for
+    evaluation: a policy sampled with top_p but scored without it is trained on the wrong ratio."""
     logps = torch.log_softmax(logits / (temperature or 1.0), -1)                    # (n, V)
     probs = logps.exp()                                                             # (n, V)
     entropy = -(probs * logps).nan_to_num().sum(-1)
-    if top_p < 1:
+    if top_p < 1:  # a token stays while those before it hold less than top_p
         ranked, order = probs.sort(-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # a token stays while those before it hold less than top_p
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     token = logits.argmax(-1) if temperature == 0 else torch.multinomial(probs, 1, generator=generator)[:, 0]
     return token, logps.gather(1, token[:, None])[:, 0], entropy
@@ -719,7 +722,8 @@ def padded(sequences, value, left: bool = False, device=None, dtype=torch.long):
     """list of lists -> (B, longest) tensor."""
     width = max(len(s) for s in sequences)
     fill = [[value] * (width - len(s)) for s in sequences]
-    return torch.tensor([f + list(s) if left else list(s) + f for s, f in zip(sequences, fill)], device=device, dtype=dtype)
+    rows = [f + list(s) if left else list(s) + f for s, f in zip(sequences, fill)]
+    return torch.tensor(rows, device=device, dtype=dtype)
 
 
 def positions(attention_mask):
@@ -736,8 +740,10 @@ def step_spans(mask: list[int]) -> list[tuple[int, int]]:
 def rewards(rollouts: Rollouts, tasks: list[Task]):
     """1.0 for a finished rollout whose last turn holds the right answer, else 0.0: (B,)."""
     each = len(rollouts.texts) // len(tasks)
-    return torch.tensor([float(done and is_correct(text, tasks[i // each].answer)) for i, (text, done)
-                         in enumerate(zip(rollouts.texts, rollouts.finished.tolist()))], device=rollouts.ids.device)
+    answers = [task.answer for task in tasks for _ in range(each)]
+    done = rollouts.finished.tolist()
+    return torch.tensor([float(d and is_correct(text, answer)) for text, d, answer
+                         in zip(rollouts.texts, done, answers)], device=rollouts.ids.device)
 
 
 def transcript(tok, rollouts: Rollouts, row: int) -> str:
@@ -752,12 +758,15 @@ def transcript(tok, rollouts: Rollouts, row: int) -> str:
     return " ".join(parts).replace("\n", " ")
 
 
-# ------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
+CHUNK_LOGITS = 2**26  # 256 MB in fp32
+
+
 def hidden_at(model, ids, attention_mask, mask):
     """Last hidden states from which the tokens under `mask` are predicted: (N, H), row by row.
 
-    ids, mask (B, T); attention_mask (B, T), or None if the padding is all on the right. The token in column p is
-    predicted from column p - 1: this shift is here and nowhere else.
+    ids, mask (B, T); attention_mask (B, T), or None if the padding is all on the right. The token in column p
+    is predicted from column p - 1: this shift is here and nowhere else.
     """
     with autocast(model):
         hidden = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False,
@@ -766,19 +775,16 @@ def hidden_at(model, ids, attention_mask, mask):
     return hidden[:, :-1][mask[:, 1:].bool()]
 
 
-CHUNK_LOGITS = 2**26
-
-
 def over_vocab_chunks(hidden, head, fn, *rows):
-    """fn(logits (n, V), *rows (n, ...)) -> tensor (n,) or tuple of them, over chunks of tokens; results concatenated.
+    """fn(logits (n, V), *rows (n, ...)) -> tensor (n,) or tuple of them, over chunks of tokens, concatenated.
 
-    (tokens x vocabulary) logits never exist at once: a chunk holds CHUNK_LOGITS, and with gradients each chunk is
-    computed again in the backward pass. hidden (N, H); head: the language-model head; rows have N entries each.
+    (tokens x vocabulary) logits never exist at once: a chunk holds CHUNK_LOGITS of them, and under gradients
+    it is computed again in the backward pass. hidden (N, H); head: language-model head; rows: N entries each.
     """
-    dtype = torch.bfloat16 if hidden.is_cuda else hidden.dtype
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)  # once, not every chunk
+    dtype = torch.bfloat16 if hidden.is_cuda else hidden.dtype  # cast once here, not in every chunk
+    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
-    def one(h, *r):
+    def one(h, *r):  # .float(): a softmax in bf16 would lose the small probabilities
         return fn(F.linear(h.to(dtype), weight, bias).float(), *r)
 
     size = max(1, CHUNK_LOGITS // weight.shape[0])
@@ -789,9 +795,10 @@ def over_vocab_chunks(hidden, head, fn, *rows):
 
 
 def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with_entropy: bool = False):
-    """log p(token | all before it) under `mask`, 0 elsewhere: (B, T). with_entropy: and the entropy in nats, (B, T).
+    """log p(token | all before it) under `mask`, 0 elsewhere: (B, T); with_entropy: also entropies in nats.
 
-    The one place that scores tokens. It must agree with what `rollout` noted while sampling; a test holds it to 1e-5.
+    The one place that scores tokens. It must agree with what `rollout` noted while sampling: a test holds it
+    to 1e-5.
     """
     def fn(logits, target):                                                         # (n, V), (n,)
         logits = logits / temperature
@@ -807,18 +814,17 @@ def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with
 
     hidden = hidden_at(model, ids, attention_mask, mask)                            # (N, H)
     values = over_vocab_chunks(hidden, model.get_output_embeddings(), fn, ids[mask.bool()])
-    return (spread(values[0]), spread(values[1])) if with_entropy else spread(values)
+    return tuple(map(spread, values)) if with_entropy else spread(values)
 
 
 def micro_batches(rollouts: Rollouts, rows: list[int], size: int):
-    """Yields (some of `rows`, the columns they use): similar lengths together, the longest first, so that memory runs
-    out in the first step or never. size 0 = all rows at once."""
-    lengths = rollouts.attention_mask.sum(1).tolist()
+    """Yields (some of `rows`, the columns they use): similar lengths together, the longest first, so that
+    memory runs out in the first step or never. size 0 = all rows at once."""
+    size, lengths = size or len(rows), rollouts.attention_mask.sum(1).tolist()
     rows = sorted(rows, key=lambda i: -lengths[i])
-    for i in range(0, len(rows), size or len(rows)):
-        part = rows[i:i + (size or len(rows))]
-        used = rollouts.attention_mask[part].any(0).nonzero()
-        yield part, slice(int(used[0]), int(used[-1]) + 1)
+    for i in range(0, len(rows), size):
+        used = rollouts.attention_mask[rows[i:i + size]].any(0).nonzero()
+        yield rows[i:i + size], slice(int(used[0]), int(used[-1]) + 1)
 
 
 @torch.no_grad()
@@ -833,20 +839,20 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, micro_batch: int 
 
 
 def rescore(model, rollouts: Rollouts, config) -> None:
-    """On CUDA, replaces the sampler's log-probs by the scorer's: their bf16 kernels differ by about 1e-2, and the ratio
-    of an unchanged policy must be 1. On CPU, in fp32, the two agree to 1e-5, so nothing is done."""
+    """On CUDA, replaces the sampler's log-probs by the scorer's: their bf16 kernels differ by about 1e-2, and
+    the ratio of an unchanged policy must be 1. On CPU, in fp32, the two agree, so nothing is done."""
     if rollouts.ids.is_cuda:
         rollouts.logps, rollouts.entropy = score(model, rollouts, config.temperature, config.micro_batch)
 
 
-# ------------------------------------------------------------------------------------------- GRPO
+# --------------------------------------------------------------------------------------------- GRPO
 def group_advantages(rewards, group_size: int, std: bool = True):
     """GRPO advantages, (B,) -> (B,). std=False leaves out the division (Dr. GRPO, arXiv 2503.20783).
 
     A group of one, or one without variance, gives exactly 0: float noise must not be blown up.
     """
     grouped = rewards.double().view(-1, group_size)                                 # (groups, group_size)
-    # DeepSeekMath (arXiv 2402.03300), section 4.1.2: A_i = (r_i - mean(r)) / std(r), here with the unbiased std + 1e-6
+    # DeepSeekMath (arXiv 2402.03300), section 4.1.2: A_i = (r_i - mean(r)) / std(r); std is unbiased, + 1e-6
     advantages = grouped - grouped.mean(1, keepdim=True)
     if std and group_size > 1:
         advantages = advantages / (grouped.std(1, keepdim=True) + 1e-6)
@@ -856,14 +862,15 @@ def group_advantages(rewards, group_size: int, std: bool = True):
 
 def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_high: float = 0.28,
                 dual_clip: float = 3.0, denominator=None):
-    """Clipped policy-gradient loss: sum over `mask` of the token losses / denominator (default: tokens in the mask).
+    """Clipped policy-gradient loss: sum of the token losses under `mask` / denominator (default: its tokens).
 
-    logps, old_logps, mask (B, T); advantages (B, T) or (B, 1). When you split an optimiser batch, pass the token count
-    of the whole batch as denominator: micro-batches then give the same gradient as one batch.
+    logps, old_logps, mask (B, T); advantages (B, T) or (B, 1). When you split an optimiser batch, pass the
+    token count of the whole batch as denominator: micro-batches then give the same gradient as one batch.
     """
     # rho_t = pi(y_t) / pi_old(y_t)
     ratio = (logps - old_logps).clamp(-20, 20).exp()                                # (B, T)
-    # L_t = max(-A rho, -A clip(rho, 1 - low, 1 + high)); where A < 0 at most -dual_clip A (DAPO's range, verl's dual clip)
+    # L_t = max(-A rho, -A clip(rho, 1 - low, 1 + high)), and where A < 0 at most -dual_clip A
+    # (the range is DAPO's; the dual clip, as in verl, bounds what one very unlikely token can do)
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
     loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return (loss * mask).sum() / (mask.sum() if denominator is None else denominator)
@@ -878,7 +885,7 @@ def make_optimizer(model, config):
 
 
 def apply_gradients(model, optimizer, step: int, lr: float) -> float:
-    """Clip to norm 1, warm up over 5 steps, update. Returns the norm before clipping; not finite = nothing updated."""
+    """Clip to norm 1, warm up over 5 steps, update. Returns the norm before clipping; not finite: no step."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
@@ -891,15 +898,15 @@ def apply_gradients(model, optimizer, step: int, lr: float) -> float:
 def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int) -> float:
     """One pass over a batch of rollouts: --minibatches optimiser updates, each exact for any --micro_batch.
 
-    advantages (B, T) or (B, 1). Returns the last gradient norm. With one update a batch the ratio is 1 and the clip
-    inert; with more, the later minibatches are a little off-policy and the clip starts to act.
+    advantages (B, T) or (B, 1). Returns the last gradient norm. With one update a batch the ratio is 1 and
+    the clip inert; with more, the later minibatches are a little off-policy and the clip starts to act.
     """
     norm, advantages = 0.0, advantages.expand(rollouts.ids.shape)                   # (B, T)
-    student.train()
+    student.train()  # switches gradient checkpointing on; the models have no dropout
     for rows in torch.arange(len(rollouts.ids)).chunk(config.minibatches):
         if not (advantages[rows] * rollouts.mask[rows]).any():
             continue  # no signal: not even Adam's momentum may move the weights
-        tokens = rollouts.mask[rows].sum()  # one denominator for the whole optimiser batch
+        tokens = rollouts.mask[rows].sum()  # one denominator: the micro-batches add up to the whole gradient
         for part, columns in micro_batches(rollouts, rows.tolist(), config.micro_batch):
             mask = rollouts.mask[part, columns]                                     # (b, t)
             logps = token_logps(student, rollouts.ids[part, columns], rollouts.attention_mask[part, columns],
@@ -911,15 +918,15 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
     return norm
 
 
-# ------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 def evaluate(model, tok, tasks, *, samples: int = 1, greedy: bool = False, **sampling) -> dict:
-    """avg@k (`accuracy`), its standard error over problems (`se`), pass@k, maj@k, mean length, share finished.
+    """avg@k (`accuracy`), its standard error over problems (`se`), pass@k, maj@k, length, share finished.
 
-    sampling: keyword arguments of `rollout`. The seed is fixed, so every method sees the same problems and dice.
+    sampling: keyword arguments of `rollout`. The seed is fixed: all methods see the same problems and dice.
     greedy=True adds `greedy_accuracy` and `greedy_se`.
     """
     generator = torch.Generator(model.device).manual_seed(1234)
-    right, votes, length, finished = [], [], 0, 0
+    right, votes, length, finished, majority = [], [], 0, 0, 0
     c = model.config  # rows at once: as many as keep the KV cache below 8 GB
     cache_bytes = 8 * c.num_hidden_layers * c.num_key_value_heads * getattr(c, "head_dim", 128) * (
         sampling.get("max_new_tokens", 256) + 512)
@@ -930,8 +937,7 @@ def evaluate(model, tok, tasks, *, samples: int = 1, greedy: bool = False, **sam
         votes += [final_answer(text) for text in out.texts]
         length += int(out.mask.sum())
         finished += int(out.finished.sum())
-    right = torch.cat(right)
-    majority = 0
+    right = torch.cat(right)                                                        # (tasks, samples)
     for i, task in enumerate(tasks):
         counts = Counter(normalise(v) for v in votes[i * samples:(i + 1) * samples] if v is not None)
         majority += bool(counts) and counts.most_common(1)[0][0] == normalise(task.answer)
@@ -945,33 +951,34 @@ def evaluate(model, tok, tasks, *, samples: int = 1, greedy: bool = False, **sam
     return result
 
 
-# ------------------------------------------------------------------------------------------- runs on disk
+# ------------------------------------------------------------------------------------- runs on disk
 def run_folder(config, script: str) -> Path:
     return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
 
 
 class Run:
-    """A run's folder (metrics.jsonl, summary.json, state.pt, model/), its lines on the console, its checkpoint."""
+    """A run's folder (metrics.jsonl, summary.json, state.pt, model/), its console lines, its checkpoint."""
 
     def __init__(self, config, script: str):
-        self.config, self.warned, self.parts, self.clock = config, set(), {}, time.time()
+        self.config, self.warned, self.parts, self.began = config, set(), {}, time.time()
         self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
         self.folder = run_folder(config, script)
+        self.metrics = self.folder / "metrics.jsonl"
         if config.resume:
             self.state = self._load_state()
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             if not config.overwrite:
-                fail(f"{self.folder} exists; add --resume to go on, --overwrite to replace it, or another --out")
-            if not (self.folder / "metrics.jsonl").exists():
+                fail(f"{self.folder} exists; add --resume to go on, --overwrite to replace it, "
+                     "or another --out")
+            if not self.metrics.exists():
                 fail(f"{self.folder} does not look like a run, so it is not overwritten; give another --out")
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = self.folder / "metrics.jsonl"
         self.metrics.touch()
 
     def _load_state(self) -> dict:
-        path, metrics = self.folder / "state.pt", self.folder / "metrics.jsonl"
-        if not path.exists() or not metrics.exists():
+        path = self.folder / "state.pt"
+        if not path.exists() or not self.metrics.exists():
             fail(f"there is no checkpoint in {self.folder}; start without --resume")
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
@@ -980,16 +987,19 @@ class Run:
         free = {"steps", "resume", "overwrite", "out", "threads", "save_every", "show_every", "plot", "fresh"}
         changed = [k for k, v in state["config"].items() if k not in free and v != getattr(self.config, k, v)]
         if changed:
-            fail("--resume needs the flags of the first start; changed: " + ", ".join("--" + k for k in changed))
+            flags = ", ".join("--" + k for k in changed)
+            fail(f"--resume needs the flags of the first start; changed: {flags}")
         self.notes = state["notes"]
-        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}") and '"after"' not in line]
+        self.began -= self.notes["seconds"]  # the time before the stop counts too
+        # What came after the checkpoint is done again; a kill may have left half a line, which has no "}".
+        lines = [x for x in self.metrics.read_text().splitlines() if x.endswith("}") and '"after"' not in x]
         kept = [line for line in lines if json.loads(line).get("step", 0) <= self.notes["step"]]
-        metrics.write_text("".join(line + "\n" for line in kept))  # what came after the checkpoint is done again
+        self.metrics.write_text("".join(line + "\n" for line in kept))
         return state
 
     def track(self, **parts) -> int:
-        """Names all that a checkpoint must hold (models, optimiser, dice) and, on --resume, restores it. Returns the
-        first step to do."""
+        """Names all that a checkpoint must hold (models, optimiser, dice), restores it on --resume, and
+        returns the first step to do."""
         self.parts = parts
         if self.config.resume:
             for name, part in parts.items():
@@ -1001,16 +1011,12 @@ class Run:
         """Checkpoint at the end of a step, if one is due: written beside the old one, then renamed."""
         self.notes["step"] = step
         if self.config.save_every and (step % self.config.save_every == 0 or step == self.config.steps):
-            self._tick()
+            self.notes["seconds"] = time.time() - self.began
             state = {"notes": self.notes, "config": dataclasses.asdict(self.config)}
             for name, part in self.parts.items():
                 getter = next(g for g in ("state_dict", "get_state", "getstate") if hasattr(part, g))
                 state[name] = getattr(part, getter)()
             save_atomically(state, self.folder / "state.pt")
-
-    def _tick(self) -> None:
-        self.notes["seconds"] += time.time() - self.clock
-        self.clock = time.time()
 
     def log(self, record: dict) -> None:
         with open(self.metrics, "a") as f:
@@ -1020,16 +1026,18 @@ class Run:
         """One line on the console (`shown`), one object in metrics.jsonl (`shown` and `more`)."""
         self.notes["step_seconds"] += seconds
         values = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
-        print(f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}  {values}  {seconds:.2f}s", flush=True)
+        steps = self.config.steps
+        print(f"step {step:>{len(str(steps))}}/{steps}  {values}  {seconds:.2f}s", flush=True)
         self.log({"step": step, **shown, **more, "seconds": seconds})
 
     def evaluated(self, when, result: dict) -> None:
         """when: 'before', 'after' or the number of a step."""
+        accuracy = result["accuracy"]
         if when == "before":
-            self.notes |= {"before": result, "best": result["accuracy"]}
-        self.notes["best"] = max(self.notes["best"], result["accuracy"])
-        change = f"  ({result['accuracy'] - self.notes['before']['accuracy']:+.3f})" if when == "after" else ""
-        print(f"eval {when}  accuracy {result['accuracy']:.3f} +- {result['se']:.3f} at T = 1, "
+            self.notes |= {"before": result, "best": accuracy}
+        self.notes["best"] = max(self.notes["best"], accuracy)
+        change = f"  ({accuracy - self.notes['before']['accuracy']:+.3f})" if when == "after" else ""
+        print(f"eval {when}  accuracy {accuracy:.3f} +- {result['se']:.3f} at T = 1, "
               f"{result['greedy_accuracy']:.3f} greedy, length {result['length']:.0f}{change}", flush=True)
         self.log({"eval": when, **({"step": when} if isinstance(when, int) else {}), **result})
 
@@ -1042,12 +1050,14 @@ class Run:
     def watch(self, rollouts: Rollouts, flat: int, groups: int, norm: float) -> None:
         """The usual reasons why nothing is learnt, each with a remedy."""
         if flat == groups and self.config.group_size > 1:
-            self.warn("every group is all right or all wrong, so the outcome gives no signal in this step; take easier "
-                      "or harder problems, or a larger --group_size")
+            self.warn("every group is all right or all wrong, so the outcome gives no signal in this step; "
+                      "take easier or harder problems, or a larger --group_size")
         if (~rollouts.finished).float().mean() > 0.5:
-            self.warn("more than half of the rollouts did not finish and score 0; raise --max_new_tokens or --max_turns")
+            self.warn("more than half of the rollouts did not finish and score 0; "
+                      "raise --max_new_tokens or --max_turns")
         if rollouts.entropy.sum() / rollouts.mask.sum() < 0.01:
-            self.warn("the policy's entropy is below 0.01: it writes the same text again and again; lower --lr")
+            self.warn("the policy's entropy is below 0.01: it writes the same text again and again; "
+                      "lower --lr")
         if not math.isfinite(norm):
             self.notes["skipped_steps"] += 1
             self.warn("the gradient is not finite; such steps are skipped and counted; lower --lr")
@@ -1055,15 +1065,17 @@ class Run:
     def finish(self, model, tok, after: dict, **more) -> dict:
         """Writes model/ and summary.json; returns the summary."""
         self.evaluated("after", after)
-        self._tick()
-        before, steps = self.notes["before"], max(1, self.notes["step"])
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-        summary = {"method": self.config.method, "seed": self.config.seed, "accuracy_before": before["accuracy"],
-                   "accuracy_after": after["accuracy"], "accuracy_best": self.notes["best"], "se": after["se"],
-                   "greedy_before": before["greedy_accuracy"], "greedy_after": after["greedy_accuracy"],
-                   "greedy_se": after["greedy_se"], "skipped_steps": self.notes["skipped_steps"],
-                   "seconds": self.notes["seconds"], "seconds_per_step": self.notes["step_seconds"] / steps,
-                   **more, "config": dataclasses.asdict(self.config), "versions": versions}
+        self.notes["seconds"] = time.time() - self.began
+        notes, before, config = self.notes, self.notes["before"], self.config
+        summary = {
+            "method": config.method, "seed": config.seed, "accuracy_before": before["accuracy"],
+            "accuracy_after": after["accuracy"], "accuracy_best": notes["best"], "se": after["se"],
+            "greedy_before": before["greedy_accuracy"], "greedy_after": after["greedy_accuracy"],
+            "greedy_se": after["greedy_se"], "skipped_steps": notes["skipped_steps"],
+            "seconds": notes["seconds"], "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]),
+            **more, "config": dataclasses.asdict(config),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "transformers": transformers.__version__}}
         model.save_pretrained(self.folder / "model")
         tok.save_pretrained(self.folder / "model")
         temporary = self.folder / "summary.json.tmp"
@@ -1074,11 +1086,12 @@ class Run:
 
 
 def header(script: str, config, model, device) -> None:
-    threads = torch.get_num_threads()
-    print(f"{script}  {config.method}  {config.model} model, {model.num_parameters() / 1e6:.2f} M parameters | {device}, "
+    threads, size = torch.get_num_threads(), model.num_parameters() / 1e6
+    print(f"{script}  {config.method}  {config.model} model, {size:.2f} M parameters | {device}, "
           f"{threads} thread{'s' * (threads > 1)} | seed {config.seed} | {config.steps} steps x "
-          f"{config.prompts_per_step} prompts x {config.group_size} rollouts\nThe loss is not printed: with one update "
-          "a batch its value says nothing about progress.", flush=True)
+          f"{config.prompts_per_step} prompts x {config.group_size} rollouts\n"
+          "The loss is not printed: with one update a batch its value says nothing about progress.",
+          flush=True)
 
 
 def table(rows: list[list], head: list[str]) -> str:
@@ -1094,26 +1107,16 @@ def mean_spread(values) -> str:
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def plot_runs(png: str, folders: list) -> None:
-    """Accuracy, solved share, entropy and response length of one or more run folders, in one PNG."""
+def draw(png: str, panels: list[tuple[str, list]]) -> None:
+    """Panels side by side in one PNG: [(title, [(label, x values, y values), ...]), ...], over the step."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.5))
-    for folder in folders:
-        try:
-            records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        except OSError:
-            fail(f"{folder} is not a run's folder (it has no metrics.jsonl); check --plot")
-        steps, evals = [r for r in records if "eval" not in r], [r for r in records if "eval" in r]
-        when = {"before": 0, "after": max((r["step"] for r in steps), default=0)}
-        axes[0].plot([when.get(r["eval"], r["eval"]) for r in evals], [r["accuracy"] for r in evals], "o-",
-                     label=Path(folder).name)
-        for axis, key in zip(axes[1:], ("solved", "entropy", "length")):
-            axis.plot([r["step"] for r in steps if key in r], [r[key] for r in steps if key in r])
-    titles = ("held-out accuracy, T = 1", "solved (training batch)", "entropy (nats)", "sampled tokens a rollout")
-    for axis, title in zip(axes, titles):
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.5))
+    for axis, (title, curves) in zip(axes, panels):
         axis.set(title=title, xlabel="step")
+        for label, x, y in curves:
+            axis.plot(x, y, "o-" if len(x) < 20 else "-", label=label)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(png, dpi=120)
@@ -1121,22 +1124,40 @@ def plot_runs(png: str, folders: list) -> None:
     print(f"wrote {png}")
 
 
+def plot_runs(png: str, folders: list) -> None:
+    """Accuracy, solved share, entropy and response length of one or more run folders, in one PNG."""
+    titles = {"accuracy": "held-out accuracy, T = 1", "solved": "solved (training batch)",
+              "entropy": "entropy (nats)", "length": "sampled tokens a rollout"}
+    curves = {key: [] for key in titles}
+    for folder in map(Path, folders):
+        try:
+            records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except OSError:
+            fail(f"{folder} is not a run's folder (it has no metrics.jsonl); check --plot")
+        when = {"before": 0, "after": max((r["step"] for r in records if "eval" not in r), default=0)}
+        for key, found in curves.items():
+            some = [r for r in records if key in r and ("eval" in r) == (key == "accuracy")]
+            x = [when.get(r["eval"], r["eval"]) if key == "accuracy" else r["step"] for r in some]
+            found.append((folder.name, x, [r[key] for r in some]))
+    draw(png, [(title, curves[key]) for key, title in titles.items()])
+
+
 def train_and_plot(config, train: Callable, script: str) -> None:
-    """What `python X.py` does: train, then draw with --plot FILE.png; with --plot FILE.png RUN..., only draw."""
+    """What `python X.py` does: train, then draw with --plot FILE.png; --plot FILE.png RUN... only draws."""
     if len(config.plot) < 2:
         train(config)
     if config.plot:
         plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
 
 
-# ------------------------------------------------------------------------------------------- chat, for judges and memory
+# ---------------------------------------------------------------------- chat, for judges and memory
 def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, temperature: float = 0.0, *,
                  json_object: bool = False, batch: int = 8, device: str = "auto", **network) -> Callable:
-    """A function: list of conversations (lists of messages) -> list of texts, None where no complete answer came.
+    """A function: list of conversations (lists of messages) -> list of texts, None where no full answer came.
 
-    name: the URL of an OpenAI-compatible server (`model_name` is the server's name of the model, `network` the keyword
-    arguments of `endpoint`), or a Hugging Face id or folder, run here in batches. The function takes temperature and
-    max_new_tokens of its own, so that one loaded model can play several roles.
+    name: the URL of an OpenAI-compatible server (`model_name` is its name of the model, `network` the keyword
+    arguments of `endpoint`), or a Hugging Face id or folder, run here in batches. The function takes
+    temperature and max_new_tokens of its own, so that one loaded model can play several roles.
     """
     if name.startswith(("http://", "https://")):
         return endpoint(name, model_name, max_new_tokens, temperature, json_object, **network)
@@ -1147,12 +1168,13 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
 
     def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
         answers: list[str | None] = [None] * len(conversations)
-        room = model.config.max_position_embeddings - max_new_tokens
-        fitting = [i for i, c in enumerate(conversations) if len(prompt_ids(tok, c)) <= room]  # too long: no answer
+        room = model.config.max_position_embeddings - max_new_tokens  # a longer conversation gets no answer
+        fitting = [i for i, c in enumerate(conversations) if len(prompt_ids(tok, c)) <= room]
         for start in range(0, len(fitting), batch):
             part = fitting[start:start + batch]
-            out = rollout(model, tok, [Task(conversations[i], "") for i in part], max_new_tokens=max_new_tokens,
-                          temperature=temperature, generator=generator)
+            tasks = [Task(conversations[i], "") for i in part]
+            out = rollout(model, tok, tasks, max_new_tokens=max_new_tokens, temperature=temperature,
+                          generator=generator)
             for i, text, done in zip(part, out.texts, out.finished.tolist()):
                 answers[i] = text.rsplit("</think>", 1)[-1].strip() if done else None
         return answers
@@ -1162,21 +1184,23 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
 def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float, json_object: bool,
              api_key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 4, workers: int = 8,
              sleep: Callable = time.sleep) -> Callable:
-    """`chat_backend` for a server. 429, 5xx, time-outs and lost connections are retried with back-off, `workers` at once."""
+    """`chat_backend` for a server, `workers` requests at once; 429, 5xx and lost connections are retried."""
     from huggingface_hub import InferenceClient
-    # The key is always explicit: without one, the client would send this machine's Hugging Face token to the URL.
+    # The key is explicit: without one the client would send this machine's Hugging Face token to the URL.
     client = InferenceClient(base_url=url, api_key=os.environ.get(api_key_env) or "EMPTY", timeout=timeout)
     extra = {"response_format": {"type": "json_object"}} if json_object else {}
 
     def ask(messages, sampling):
         for attempt in range(retries + 1):
             try:
-                choice = client.chat_completion(messages, model=model_name or "default", **sampling, **extra).choices[0]
+                answer = client.chat_completion(messages, model=model_name or "default", **sampling, **extra)
+                choice = answer.choices[0]
                 return None if choice.finish_reason == "length" else choice.message.content or None
-            except Exception as error:  # the error classes of the transport differ between versions; attributes do not
+            except Exception as error:  # the error classes differ between versions, this attribute does not
                 code = getattr(getattr(error, "response", None), "status_code", None)
                 if code in (401, 403, 404):
-                    fail(f"{url} answered {code}; check the address, the model name '{model_name}' and ${api_key_env}")
+                    fail(f"{url} answered {code}; "
+                         f"check the address, the model name '{model_name}' and ${api_key_env}")
                 if code is not None and code != 429 and code < 500:
                     return None  # this conversation was refused; asking again would not help
                 if attempt < retries:
@@ -1190,17 +1214,17 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float,
     return chat
 
 
-# ------------------------------------------------------------------------------------------- the GRPO baseline
-def small_chain(rng) -> Task:
-    return chain_task(rng, operations=(2, 4), modulus=7)
+# -------------------------------------------------------------------------------- the GRPO baseline
+small_chain = functools.partial(chain_task, operations=(2, 4), modulus=7)
 
 
 def worked_solution(rng, task: Task, wrong: float = 0.0) -> str:
-    """A chain solved in writing, `A4+1=5, B5*5=4. \\boxed{4}`; each result is random with probability `wrong`."""
+    """A chain solved: `A4+1=5, B5*5=4. \\boxed{4}`; a result is random with probability `wrong`."""
     value, modulus, steps = parse_chain(task.messages[-1]["content"])
     parts = []
     for label, operation, operand in steps:
-        result = rng.randrange(modulus) if rng.random() < wrong else APPLY[operation](value, operand) % modulus
+        right = APPLY[operation](value, operand) % modulus
+        result = rng.randrange(modulus) if rng.random() < wrong else right
         parts.append(f"{label}{value}{operation}{operand}={result}")
         value = result
     return ", ".join(parts) + f". \\boxed{{{value}}}"
@@ -1213,17 +1237,18 @@ def demonstration(tok, task: Task, answer: str) -> tuple[list[int], list[int]]:
 
 
 def load_student(config, device):
-    """The tiny model, fitted on worked solutions with 15 % wrong results, or a Hugging Face model as it is."""
+    """The tiny model, fitted on worked solutions (15 % wrong results), or a Hugging Face model as it is."""
     if config.model != "tiny":
         return load_model(config.model, device)
     tok, rng = build_tokenizer(CHAIN_ATOMS), random.Random(1)
     tasks = [small_chain(rng) for _ in range(8000)]
     docs = [demonstration(tok, task, worked_solution(rng, task, wrong=0.15)) for task in tasks]
-    return fit_tiny("the student", tiny_model(tok, seed=1), docs, steps=600, fresh=config.fresh).to(device), tok
+    student = tiny_model(tok, seed=1)
+    return fit_tiny("the student", student, docs, steps=600, fresh=config.fresh).to(device), tok
 
 
 def train(config: Config) -> dict:
-    """GRPO: sample groups, centre and scale the rewards within each group, one clipped policy-gradient update."""
+    """GRPO: sample groups, centre and scale rewards within each group, one clipped policy-gradient update."""
     device = setup(config)
     run = Run(config, "common")
     train_tasks, held_out = load_tasks(config.data, config.eval_tasks, small_chain)

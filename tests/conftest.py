@@ -13,7 +13,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory):
-    folder = os.environ.get("TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))  # TEST_CACHE: keep fits between runs
+    # TEST_CACHE: a folder of your own, to keep the fits between runs
+    folder = os.environ.get("TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
     os.environ["XDG_CACHE_HOME"] = folder
     os.environ["HF_HUB_OFFLINE"] = "1"
     return folder
@@ -21,7 +22,7 @@ def session_cache(tmp_path_factory):
 
 @pytest.fixture
 def refused(capsys):
-    """Calls something that must be refused: exit code 2 and exactly one sentence on stderr, which is returned."""
+    """Calls what must be refused: exit code 2 and exactly one sentence on stderr, which is returned."""
     def call(function, *args, **kwargs) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

@@ -3,14 +3,12 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 
@@ -34,7 +32,7 @@ def ask(text):
     return Task([{"role": "user", "content": text}], "7")
 
 
-# ------------------------------------------------------------------------------------------- formulas
+# ----------------------------------------------------------------------------------------- formulas
 def test_group_advantages_worked_numbers():
     def of(*rewards, **how):
         return common.group_advantages(torch.tensor(rewards), len(rewards), **how).tolist()
@@ -48,18 +46,21 @@ def test_group_advantages_worked_numbers():
 @pytest.mark.parametrize("rewards", [[.1] * 7, [0.] * 4, [1 / 3] * 5, [.7]])
 def test_no_variance_or_one_rollout_gives_exactly_zero(rewards):
     for std in (True, False):
-        assert common.group_advantages(torch.tensor(rewards), len(rewards), std).tolist() == [0.0] * len(rewards)
+        flat = common.group_advantages(torch.tensor(rewards), len(rewards), std)
+        assert flat.tolist() == [0.0] * len(rewards)
 
 
 def test_groups_do_not_mix_and_scale_does_not_matter():
     r = torch.tensor([1., 0., 0., 1., 1., 0.])
     a = common.group_advantages(r, 3)
-    assert torch.allclose(a, torch.cat([common.group_advantages(r[:3], 3), common.group_advantages(r[3:], 3)]))
+    each = [common.group_advantages(part, 3) for part in (r[:3], r[3:])]
+    assert torch.allclose(a, torch.cat(each))
     assert torch.allclose(common.group_advantages(5 * r - 2, 3), a, atol=1e-4)
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient", [
-    (1.5, .5, -.64, 0), (1.5, -.5, .75, .75), (.5, .5, -.25, -.25), (.5, -.5, .40, 0), (4., -.5, 1.5, 0), (2., -.5, 1., 1.)])
+    (1.5, .5, -.64, 0), (1.5, -.5, .75, .75), (.5, .5, -.25, -.25), (.5, -.5, .40, 0), (4., -.5, 1.5, 0),
+    (2., -.5, 1., 1.)])
 def test_policy_loss_clips(ratio, advantage, loss, gradient):
     logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
     value = common.policy_loss(logp, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1))
@@ -68,7 +69,7 @@ def test_policy_loss_clips(ratio, advantage, loss, gradient):
 
 
 def test_policy_loss_is_one_token_mean():
-    """Lengths 2 and 6, advantages +.5 and -.5, ratio 1: token mean .25, not the mean of the two sequence means (0)."""
+    """Lengths 2 and 6, advantages +.5 and -.5, ratio 1: token mean .25, not mean of sequence means (0)."""
     logps = torch.zeros(2, 6, requires_grad=True)
     mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1] * 6])
     loss = common.policy_loss(logps, torch.zeros(2, 6), torch.tensor([[.5], [-.5]]), mask)
@@ -78,10 +79,11 @@ def test_policy_loss_is_one_token_mean():
     assert logps.grad[1].tolist() == pytest.approx([.0625] * 6)
 
 
-# ------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 def naive_logps(model, ids, attention_mask, temperature):
     """What token_logps must equal: all logits at once, plain log-softmax, shift by one."""
-    logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=common.positions(attention_mask)).logits
+    logits = model(input_ids=ids, attention_mask=attention_mask,
+                   position_ids=common.positions(attention_mask)).logits
     logp = torch.log_softmax(logits[:, :-1] / temperature, -1).gather(2, ids[:, 1:, None])[..., 0]
     return torch.cat([torch.zeros(len(ids), 1), logp], 1)
 
@@ -109,7 +111,8 @@ def test_padding_changes_nothing(model, tok):
     for left, right in ((7, 0), (0, 5), (3, 4)):
         def pad(x, value=0):
             return torch.nn.functional.pad(x, (left, right), value=value)
-        more = common.token_logps(model, pad(rollouts.ids, 5), pad(rollouts.attention_mask), pad(rollouts.mask))
+        more = common.token_logps(model, pad(rollouts.ids, 5), pad(rollouts.attention_mask),
+                                  pad(rollouts.mask))
         assert torch.allclose(more[:, left:more.shape[1] - right], one, atol=1e-5)
 
 
@@ -138,7 +141,8 @@ def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypa
         return 0.0
     monkeypatch.setattr(common, "apply_gradients", keep)
     order = torch.randperm(len(rollouts.ids), generator=torch.Generator().manual_seed(2))
-    shuffled = dataclasses.replace(rollouts, **{f: getattr(rollouts, f)[order] for f in ("ids", "attention_mask", "mask", "logps")})
+    fields = ("ids", "attention_mask", "mask", "logps")
+    shuffled = dataclasses.replace(rollouts, **{f: getattr(rollouts, f)[order] for f in fields})
     for batch, a, size in ((rollouts, advantages, 0), (rollouts, advantages, 1), (rollouts, advantages, 4),
                            (shuffled, advantages[order], 2)):
         common.update(model, None, batch, a, common.Config(micro_batch=size), 0)
@@ -150,9 +154,10 @@ def test_update_without_signal_moves_nothing(tok, model):
     student = copy.deepcopy(model)
     config, rollouts = common.Config(), some_rollouts(student, tok)
     optimizer = common.make_optimizer(student, config)
-    common.update(student, optimizer, rollouts, torch.ones(len(rollouts.ids), 1), config, 9)  # fills Adam's momentum
+    ones, zeros = torch.ones(len(rollouts.ids), 1), torch.zeros(len(rollouts.ids), 1)
+    common.update(student, optimizer, rollouts, ones, config, 9)  # fills Adam's momentum
     before = [p.clone() for p in student.parameters()]
-    common.update(student, optimizer, rollouts, torch.zeros(len(rollouts.ids), 1), config, 9)
+    common.update(student, optimizer, rollouts, zeros, config, 9)
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters()))
 
 
@@ -166,7 +171,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(tok, model):
 
 
 def test_minibatches_reuse_the_frozen_log_probs(tok, model, monkeypatch):
-    """In the second minibatch the policy has moved: the ratio is no longer 1, the old log-probs are still the rollout's."""
+    """In the second minibatch the policy has moved: the ratio is not 1, the old log-probs are the same."""
     student, config = copy.deepcopy(model), common.Config(minibatches=2, group_size=3, lr=1e-2)
     rollouts, ratios, real = some_rollouts(student, tok), [], common.policy_loss
 
@@ -174,20 +179,22 @@ def test_minibatches_reuse_the_frozen_log_probs(tok, model, monkeypatch):
         ratios.append(float(((logps - old_logps) * mask).abs().max()))
         return real(logps, old_logps, advantages, mask, **how)
     monkeypatch.setattr(common, "policy_loss", spy)
-    common.update(student, common.make_optimizer(student, config), rollouts, torch.ones(len(rollouts.ids), 1), config, 9)
+    optimizer, ones = common.make_optimizer(student, config), torch.ones(len(rollouts.ids), 1)
+    common.update(student, optimizer, rollouts, ones, config, 9)
     assert ratios[0] < 1e-5 < ratios[1]
 
 
-# ------------------------------------------------------------------------------------------- rollouts
+# ----------------------------------------------------------------------------------------- rollouts
 class Script:
-    """Stands in for common.choose: hands each row its own ids, in order, whatever the batch looks like by then.
+    """Stands in for common.choose: hands each row its own ids, in order, whatever the batch looks like.
 
-    A row is recognised by its cache-free history: the rollout asks in the order of its batch, and drops only rows that
-    are done, which this class follows from the scripts.
+    A row is recognised by its cache-free history: the rollout asks in the order of its batch, and drops only
+    rows that are done, which this class follows from the scripts.
     """
     def __init__(self, scripts, glue):
         self.scripts, self.at, self.rows = scripts, [0] * len(scripts), list(range(len(scripts)))
-        self.waiting, self.glue = [0] * len(scripts), glue  # glue(row, k): forced ids after its k-th sampled id
+        self.waiting = [0] * len(scripts)
+        self.glue = glue  # glue(row, k): forced ids after its k-th sampled id
 
     def __call__(self, logits, temperature, top_p, generator):
         if len(logits) < len(self.rows):
@@ -212,9 +219,10 @@ def call(expression, name="calculator"):
 
 
 def run_script(monkeypatch, tok, model, rows, **how):
-    """rows: per row a list of turns. Every turn is encoded and ended; tool answers come from the real calculator."""
+    """rows: per row a list of turns. Each is encoded and ended; tool answers are the real calculator's."""
     end = common.end_of_turn(tok)
-    encoded = [[[*(t if isinstance(t, list) else common.encode(tok, t)), end] for t in turns] for turns in rows]
+    encoded = [[[*(t if isinstance(t, list) else common.encode(tok, t)), end] for t in turns]
+               for turns in rows]
     flat = [[i for turn in turns for i in turn] for turns in encoded]
     tool, glue = common.TOOLS["calculator"], {}
     for r, turns in enumerate(rows):
@@ -240,23 +248,26 @@ def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
         expected, mask = [], []
         for k, turn in enumerate(turns):
             said = [*common.encode(tok, turn), end]
-            heard = common.encode(tok, f"\n<|im_start|>user\n<tool_response>\n{answers[i][k]}\n</tool_response><|im_end|>\n"
-                                       "<|im_start|>assistant\n") if k < len(answers[i]) else []
+            glue = (f"\n<|im_start|>user\n<tool_response>\n{answers[i][k]}\n</tool_response><|im_end|>\n"
+                    "<|im_start|>assistant\n") if k < len(answers[i]) else ""
+            heard = common.encode(tok, glue)
             expected, mask = expected + said + heard, mask + [1] * len(said) + [0] * len(heard)
         length = int(out.attention_mask[i, out.prompt_length:].sum())
         assert out.ids[i, out.prompt_length:][:length].tolist() == expected
-        assert out.mask[i, out.prompt_length:][:length].tolist() == mask and int(out.mask[i].sum()) == sum(mask)
+        assert out.mask[i, out.prompt_length:][:length].tolist() == mask
+        assert int(out.mask[i].sum()) == sum(mask)
         assert len(out.steps[i]) == len(turns)
     assert out.tool_status == [["ok", "error", "none"], ["none"], ["error", "none"]]
     assert out.finished.tolist() == [True] * 3 and out.texts == ["\\boxed{7}", "\\boxed{3}", "\\boxed{9}"]
     assert common.rewards(out, [ask("")] * 3).tolist() == [1.0, 0.0, 0.0]
     # the cache across tool turns and the compacted batch must give what one full pass gives
-    assert torch.allclose(common.token_logps(model, out.ids, out.attention_mask, out.mask), out.logps, atol=1e-5)
+    again = common.token_logps(model, out.ids, out.attention_mask, out.mask)
+    assert torch.allclose(again, out.logps, atol=1e-5)
     assert "[5]" in common.transcript(tok, out, 0) and "<|im_end|>" not in common.transcript(tok, out, 0)
 
 
 def test_ids_survive_a_tokenizer_that_would_encode_them_differently(monkeypatch, tok, model):
-    """`\\boxed{` is one token; sampled byte by byte it must stay bytes: nothing is decoded and encoded again."""
+    """`\\boxed{` is one token; sampled byte by byte it must stay bytes: nothing is encoded again."""
     bytewise = [i for c in "\\boxed{7}" for i in common.encode(tok, c)]
     assert common.encode(tok, tok.decode(bytewise)) != bytewise
     out = run_script(monkeypatch, tok, model, [[bytewise]])
@@ -265,11 +276,13 @@ def test_ids_survive_a_tokenizer_that_would_encode_them_differently(monkeypatch,
 
 
 def test_budget_turn_limit_and_malformed_calls(monkeypatch, tok, model):
-    long = run_script(monkeypatch, tok, model, [[call("1+1"), "\\boxed{7}"]], max_new_tokens=len(common.encode(tok, call("1+1"))) + 4)
+    budget = len(common.encode(tok, call("1+1"))) + 4
+    long = run_script(monkeypatch, tok, model, [[call("1+1"), "\\boxed{7}"]], max_new_tokens=budget)
     assert long.finished.tolist() == [False] and long.tool_status == [["ok"]]
-    assert int(long.attention_mask[0, long.prompt_length:].sum()) == int(long.mask[0].sum())  # the message is not appended
+    sampled = int(long.mask[0].sum())  # and nothing else: the message is not appended
+    assert int(long.attention_mask[0, long.prompt_length:].sum()) == sampled
     turns = run_script(monkeypatch, tok, model, [[call("1+1"), call("2+2")]], max_turns=2)
-    assert turns.tool_status == [["ok", "none"]] and turns.finished.tolist() == [False]  # the last call is not run
+    assert turns.tool_status == [["ok", "none"]] and not turns.finished[0]  # the last call is not run
     broken = run_script(monkeypatch, tok, model, [['<tool_call>{"name": </tool_call>']])
     assert broken.finished.tolist() == [True] and broken.tool_status == [["none"]]
     cut = some_rollouts(model, tok, max_new_tokens=3)
@@ -335,7 +348,8 @@ def test_tool_glue_comes_from_the_template(tok):
     assert tok.decode(common.tool_message_ids(tok, "5")) == glue
     assert tok.decode(common.tool_message_ids(other, "5")) == glue + "<think>\n\n</think>\n\n"
     assert tok.decode(common.tool_message_ids(other, "5", thinking=True)) == glue
-    other.chat_template = QWEN_LIKE.replace("m.role == 'tool'", "false").replace("{% else %}", "{% elif m.role == 'user' %}")
+    template = QWEN_LIKE.replace("m.role == 'tool'", "false")
+    other.chat_template = template.replace("{% else %}", "{% elif m.role == 'user' %}")
     common.tool_glue.cache_clear()
     assert "<tool_response>\n5\n</tool_response>" in tok.decode(common.tool_message_ids(other, "5"))
     common.tool_glue.cache_clear()
@@ -343,7 +357,8 @@ def test_tool_glue_comes_from_the_template(tok):
 
 def test_a_tool_cannot_end_a_turn(tok):
     end = common.end_of_turn(tok)
-    assert common.tool_message_ids(tok, "a<|im_end|>b").count(end) == common.tool_message_ids(tok, "a").count(end)
+    written, plain = (common.tool_message_ids(tok, text) for text in ("a<|im_end|>b", "a"))
+    assert written.count(end) == plain.count(end)
 
 
 def test_tool_schema_reaches_the_prompt_whatever_the_template(tok):
@@ -357,14 +372,15 @@ def test_tool_schema_reaches_the_prompt_whatever_the_template(tok):
     assert text.count("<|im_start|>system") == 1 and "Be brief." in text
 
 
-# ------------------------------------------------------------------------------------------- tools
+# -------------------------------------------------------------------------------------------- tools
 @pytest.mark.parametrize("expression, answer", [
     ("(4+1)%10", "5"), ("-3%10", "7"), ("2**10", "1024"), ("7/2", "3.5"), ("1e3", "1000"), ("  6*7 ", "42")])
 def test_calculator(expression, answer):
     assert common.run_calculator({"expression": expression}) == (answer, "ok")
 
 
-@pytest.mark.parametrize("expression", ["4+*1", "", "1/0", "9**9**9", "__import__('os')", "a", "1j", "'x'*3", "(" * 300, "1e999",
+@pytest.mark.parametrize("expression", ["4+*1", "", "1/0", "9**9**9", "__import__('os')", "a", "1j", "'x'*3",
+                                        "(" * 300, "1e999",
                                         "True", "(-8)**.5", "\x00"])
 def test_calculator_refuses(expression):
     assert common.run_calculator({"expression": expression}) == (common.BAD_EXPRESSION, "error")
@@ -388,7 +404,8 @@ def test_python_tool():
 def test_python_tool_kills_what_is_left_running(tmp_path):
     started = time.time()
     mark = tmp_path / "mark"
-    code = f"import os, time\nif os.fork() == 0:\n    time.sleep(3)\n    open({str(mark)!r}, 'w')\nwhile True: pass"
+    code = ("import os, time\nif os.fork() == 0:\n    time.sleep(3)\n"
+            f"    open({str(mark)!r}, 'w')\nwhile True: pass")
     assert common.run_python({"code": code}, seconds=1.0) == ("error: timed out", "timeout")
     assert time.time() - started < 3
     time.sleep(3)
@@ -397,19 +414,22 @@ def test_python_tool_kills_what_is_left_running(tmp_path):
 
 def test_parse_tool_call():
     assert common.parse_tool_call(call("1+1")) == {"name": "calculator", "arguments": {"expression": "1+1"}}
-    for bad in ("", "<tool_call>", "<tool_call>{}</tool_call>", '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
+    for bad in ("", "<tool_call>", "<tool_call>{}</tool_call>",
+                '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
                 '<tool_call>{"name": "a", "arguments": "b"}</tool_call>', "<tool_call>[1]</tool_call>",
                 "<tool_call>" + "[" * 100000 + "</tool_call>"):
         assert common.parse_tool_call(bad) is None
 
 
-# ------------------------------------------------------------------------------------------- answers and data
+# --------------------------------------------------------------------------------- answers and data
 @pytest.mark.parametrize("text, answer, right", [
-    ("so \\boxed{42}", "42", True), ("\\boxed{1,234.0}", "1234", True), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", True),
-    ("\\boxed{1} then \\boxed{2}", "2", True), ("\\boxed{2", "2", False), ("#### 72", "72", True), ("$18", "18", True),
-    ("<answer>\nD\n</answer>", "D", True), ("<answer>d</answer>", "D", False), ("<answer>D. text</answer>", "D", False),
-    ("I think it is 42", "42", False), ("<think>\\boxed{1}</think> \\boxed{3}", "3", True), ("50%", "50", True),
-    ("", "1", False), ("\\boxed{}", "1", False), ("C", "C", True), ("-7.50", "-7.5", True), ("\\boxed{Paris}", "paris", True)])
+    ("so \\boxed{42}", "42", True), ("\\boxed{1,234.0}", "1234", True),
+    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", True), ("\\boxed{1} then \\boxed{2}", "2", True),
+    ("\\boxed{2", "2", False), ("#### 72", "72", True), ("$18", "18", True),
+    ("<answer>\nD\n</answer>", "D", True), ("<answer>d</answer>", "D", False),
+    ("<answer>D. text</answer>", "D", False), ("I think it is 42", "42", False),
+    ("<think>\\boxed{1}</think> \\boxed{3}", "3", True), ("50%", "50", True), ("", "1", False),
+    ("\\boxed{}", "1", False), ("C", "C", True), ("-7.50", "-7.5", True), ("\\boxed{Paris}", "paris", True)])
 def test_answers(text, answer, right):
     assert common.is_correct(text, answer) is right
 
@@ -418,8 +438,9 @@ def test_chain_problems():
     text = common.chain_task(random.Random(0)).messages[-1]["content"]
     assert common.chain_values("Start with 3, work modulo 10: A-9, B*7, C-7. Put") == [3, 4, 8, 1]
     train, held_out = common.load_tasks("chain", 50)
-    assert text and not {t.messages[0]["content"] for t in train} & {t.messages[0]["content"] for t in held_out}
-    assert len(held_out) == 50 and all(common.is_correct(f"\\boxed{{{t.answer}}}", t.answer) for t in held_out)
+    texts = [{t.messages[0]["content"] for t in tasks} for tasks in (train, held_out)]
+    assert text and not texts[0] & texts[1] and len(held_out) == 50
+    assert all(common.is_correct(f"\\boxed{{{t.answer}}}", t.answer) for t in held_out)
 
 
 def write(path, text):
@@ -433,39 +454,46 @@ def test_real_formats(tmp_path):
     assert {t.answer for t in train + held} == {"0", "1", "2"} and "\\boxed" in held[0].messages[0]["content"]
     train, held = common.load_tasks(write(tmp_path / "a.json", json.dumps(rows)), 1)
     assert len(train) == 2
-    choice = {"prompt": "Which?", "answer": "B", "system": "Answer in <answer>", "kind": "mcq", "tests": "-", "embedding": []}
-    train, held = common.load_tasks(write(tmp_path / "b.json", json.dumps(choice) + "\n" + json.dumps({**choice, "prompt": "?"})), 1)
-    assert [m["role"] for m in train[0].messages] == ["system", "user"] and train[0].messages[1]["content"] in ("?", "Which?")
+    choice = {"prompt": "Which?", "answer": "B", "system": "Answer in <answer>", "kind": "mcq", "tests": "-",
+              "embedding": []}
+    two = json.dumps(choice) + "\n" + json.dumps({**choice, "prompt": "?"})
+    train, held = common.load_tasks(write(tmp_path / "b.json", two), 1)
+    assert [m["role"] for m in train[0].messages] == ["system", "user"]
+    assert train[0].messages[1]["content"] in ("?", "Which?")
     train, _ = common.load_tasks(write(tmp_path / "c.csv", "problem,solution\n1+1,2\n2+2,4\n"), 1)
     assert train[0].answer in ("2", "4")
-    assert {t.messages[0]["content"][:2] for t in common.load_tasks(write(tmp_path / "d.jsonl", '{"question": "q1", "answer": 0}\n'
-            '{"question": "q2", "answer": "$1,000"}\n'), 1)[0]} <= {"q1", "q2"}
+    two = '{"question": "q1", "answer": 0}\n{"question": "q2", "answer": "$1,000"}\n'
+    train, _ = common.load_tasks(write(tmp_path / "d.jsonl", two), 1)
+    assert {t.messages[0]["content"][:2] for t in train} <= {"q1", "q2"}
 
 
 def test_bad_data_is_refused_in_one_sentence(tmp_path, refused):
     good = '{"question": "q", "answer": "1"}\n'
     assert "no file" in refused(common.load_tasks, str(tmp_path / "missing.jsonl"), 1)
     assert "line 2" in refused(common.load_tasks, write(tmp_path / "a.jsonl", good + '{"question": "tru'), 1)
-    assert "'foo'" in refused(common.load_tasks, write(tmp_path / "b.jsonl", '{"foo": 1, "answer": "2"}\n'), 1)
+    foo = '{"foo": 1, "answer": "2"}\n'
+    assert "'foo'" in refused(common.load_tasks, write(tmp_path / "b.jsonl", foo), 1)
     assert "row 2" in refused(common.load_tasks, write(tmp_path / "c.jsonl", good + "3\n"), 1)
     assert "too few" in refused(common.load_tasks, write(tmp_path / "d.jsonl", good), 1)
     assert "too few" in refused(common.load_tasks, write(tmp_path / "e.jsonl", ""), 1)
-    assert "line 4" in refused(common.load_tasks, write(tmp_path / "f.json", '[\n{"question": "q"},\n{"question"\n]'), 1)
+    broken = '[\n{"question": "q"},\n{"question"\n]'
+    assert "line 4" in refused(common.load_tasks, write(tmp_path / "f.json", broken), 1)
     assert "not one of the files" in refused(common.load_tasks, write(tmp_path / "g.txt", "x"), 1)
     assert "cannot read" in refused(common.load_tasks, "no/such-dataset", 1)
     assert "cannot load the model" in refused(common.load_model, str(tmp_path / "no-model"), "cpu")
 
 
 @pytest.mark.parametrize("argv, word", [
-    (["--nonsense", "1"], "--nonsense"), (["--step", "3"], "--step"), (["--steps", "many"], "many"), (["--steps", "-1"], "-1"),
-    (["--group_size", "0"], "group_size"), (["--temperature", "0"], "temperature"), (["--method", "ppo"], "ppo"),
-    (["--resume", "--overwrite"], "--resume"), (["--minibatches", "3"], "minibatches"), (["--lr", "nan"], "lr"),
+    (["--nonsense", "1"], "--nonsense"), (["--step", "3"], "--step"), (["--steps", "many"], "many"),
+    (["--steps", "-1"], "-1"), (["--group_size", "0"], "group_size"), (["--temperature", "0"], "temperature"),
+    (["--method", "ppo"], "ppo"), (["--resume", "--overwrite"], "--resume"),
+    (["--minibatches", "3"], "minibatches"), (["--lr", "nan"], "lr"),
     (["--device", "abacus"], "abacus")])
 def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
     assert word in refused(lambda: common.setup(common.parse(common.Config, argv)))
 
 
-# ------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 def test_evaluate_averages_over_problems(monkeypatch, tok, model):
     texts = ["\\boxed{7}", "\\boxed{7}", "\\boxed{1}", "\\boxed{1}", "\\boxed{1}", "\\boxed{7}"]
     out = some_rollouts(model, tok, group_size=2)
@@ -476,11 +504,13 @@ def test_evaluate_averages_over_problems(monkeypatch, tok, model):
     assert result["maj@2"] == pytest.approx(1 / 3) and result["se"] == pytest.approx(.5 / math.sqrt(3))
 
 
-# ------------------------------------------------------------------------------------------- models, cache, runs
+# ------------------------------------------------------------------------------ models, cache, runs
 def fitted(tok, **how):
     rng = random.Random(5)
-    docs = [common.demonstration(tok, t, common.worked_solution(rng, t)) for t in (common.small_chain(rng) for _ in range(64))]
-    return common.fit_tiny("a test model", common.tiny_model(tok, seed=3, hidden_size=32), docs, steps=10, **how)
+    tasks = [common.small_chain(rng) for _ in range(64)]
+    docs = [common.demonstration(tok, t, common.worked_solution(rng, t)) for t in tasks]
+    model = common.tiny_model(tok, seed=3, hidden_size=32)
+    return common.fit_tiny("a test model", model, docs, steps=10, **how)
 
 
 def test_cache_hit_damage_and_fresh(tok, tmp_path, monkeypatch, capsys):
@@ -536,7 +566,8 @@ def test_training_improves_and_resume_equals_never_stopped(tmp_path, refused):
     with open(parts / "metrics.jsonl", "a") as f:
         f.write('{"step": 3, "solved": 0.1}\n{"step": 4, "sol')  # what a kill leaves behind
     assert "seed" in refused(common.main, ["--resume", "--seed", "1", "--out", str(parts), *SMALL])
-    common.main(["--steps", "4", "--save_every", "2", "--eval_every", "2", "--resume", "--out", str(parts), *SMALL])
+    common.main(["--steps", "4", "--save_every", "2", "--eval_every", "2", "--resume", "--out", str(parts),
+                 *SMALL])
     assert lines_without_times(whole) == lines_without_times(parts)
     a, b = (json.loads((f / "summary.json").read_text()) for f in (whole, parts))
     assert a["accuracy_after"] == b["accuracy_after"] and a["accuracy_best"] == b["accuracy_best"]
@@ -546,13 +577,15 @@ def test_training_improves_and_resume_equals_never_stopped(tmp_path, refused):
     assert "no checkpoint" in refused(common.main, ["--resume", "--out", str(tmp_path / "none"), *SMALL])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    assert "does not look like a run" in refused(common.main, ["--overwrite", "--out", str(tmp_path / "mine"), *SMALL])
+    mine = ["--overwrite", "--out", str(tmp_path / "mine"), *SMALL]
+    assert "does not look like a run" in refused(common.main, mine)
     common.main(["--plot", str(tmp_path / "a.png"), str(whole), str(parts)])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    command = [sys.executable, str(ROOT / "common.py"), "--save_every", "1", "--out", str(tmp_path / "run"), *SMALL]
+    command = [sys.executable, str(ROOT / "common.py"), "--save_every", "1", "--out", str(tmp_path / "run"),
+               *SMALL]
     child = subprocess.Popen([*command, "--steps", "100000"], stdout=subprocess.DEVNULL)
     while not (tmp_path / "run" / "state.pt").exists():
         assert child.poll() is None
@@ -566,6 +599,7 @@ def test_a_killed_run_goes_on(tmp_path):
 
 
 def test_grpo_learns(tmp_path):
-    config = common.parse(common.Config, ["--steps", "25", "--eval_tasks", "100", "--show_every", "0", "--out", str(tmp_path / "run")])
+    config = common.parse(common.Config, ["--steps", "25", "--eval_tasks", "100", "--show_every", "0",
+                                          "--out", str(tmp_path / "run")])
     summary = common.train(config)
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.05
