@@ -3,15 +3,15 @@
     python sod.py                         the whole experiment on a tiny Qwen3, CPU, a few minutes
     python sod.py --compare --seeds 3     every method and ablation from the same start, one table
     python sod.py --cascade               where student and teacher part, step by step
-    python sod.py --model Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --data openai/gsm8k --tool python      one GPU
+    python sod.py --model Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --data openai/gsm8k --tool python    one GPU
 
 The method:
-1. The student writes turns and tool calls; the tool answers; it goes on. Its own tokens are the loss mask, and one
-   turn (a contiguous run of them) is a *step*.
-2. On-policy distillation (OPD): a teacher scores every token the student sampled; teacher minus student log-prob is
-   the token's advantage, in addition to GRPO's outcome advantage.
-3. After a bad tool call the student is in a place the teacher has never seen. There the two disagree most, and plain
-   OPD listens most, although the teacher knows least.
+1. The student writes turns and tool calls; the tool answers; it goes on. Its own tokens are the loss mask.
+   One turn, a contiguous run of them, is a *step*.
+2. On-policy distillation (OPD): a teacher scores every token that the student sampled; teacher minus student
+   log-prob is the token's advantage, in addition to GRPO's outcome advantage.
+3. After a bad tool call the student is in a place the teacher has never seen. There the two disagree most:
+   plain OPD listens most where the teacher knows least.
 4. So SOD measures the disagreement of each step, d_k, and weighs the step by d_1 / d_k, at most 1 + delta.
 5. Everything else is GRPO: one clipped policy loss on the sum of the two advantages.
 
@@ -20,19 +20,19 @@ Eq. 7 `step_weights`, Eq. 8-10 `sod_advantages`.
 
 | | paper and its code | default here |
 | --- | --- | --- |
-| student, teacher | Qwen3-0.6B or 1.7B, Qwen3-4B; both SFT, teacher then GRPO | tiny Qwen3s, made the same way |
+| student, teacher | Qwen3-0.6B or 1.7B, Qwen3-4B; both SFT, teacher then GRPO | tiny Qwen3s, the same way |
 | tool | Python sandbox | calculator that times out on 10 % of the calls; --tool python |
 | prompts x rollouts, updates a batch | 64 x 16, 4 | 8 x 8, 1 (--minibatches) |
 | learning rate | 1e-6 | 3e-4 (tiny), 1e-6 (others) |
 | delta, epsilon, coefficient of OPD | 0.2, 1e-6, 1 | the same |
-| loss | Eq. 9-10: two losses; code: one surrogate on the summed advantage, clip 0.2/0.28, dual clip 3 | as the code |
-| reward | +1 / -1.1 (the code's bonus for tool calls never fires) | 1 / 0; the same after group normalisation |
+| loss | Eq. 9-10: two; code: one on the summed advantage, clip 0.2/0.28, dual clip 3 | as the code |
+| reward | +1 / -1.1 (the code's bonus for tool calls never fires) | 1 / 0; normalised by group, the same |
 
-Left out: distributed training, the sandbox service, overlong penalty, the gated OPD that the code holds but does not use.
+Left out: distributed training, the sandbox service, overlong penalty, the gated OPD that the code never uses.
 
-What is built into the toy: the student's demonstrations contain errors at the rates in `STUDENT`, more of them after a
-first one; the teacher's demonstrations contain no time-out, so it does not know what to do after one. That is the
-paper's premise, put there by hand. --timeout_rate 0 and --teacher_knows_timeouts take it away.
+Built into the toy: the student's demonstrations contain errors at the rates in `STUDENT`, more of them after
+a first one; the teacher's contain no time-out, so it does not know what to do after one. That is the paper's
+premise, put there by hand. --timeout_rate 0 and --teacher_knows_timeouts take it away.
 """
 import dataclasses
 import functools
@@ -41,6 +41,7 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -55,22 +56,21 @@ from common import BAD_EXPRESSION, Task, Tool, option
 @dataclass
 class Config(common.Config):
     tiny_tokens: ClassVar[int] = 160
-    method: Literal["sod", "grpo", "opd", "opd_grpo", "sft", "decay", "mask_after_error", "no_cap", "sod_no_grpo"] = option(
-        "sod", "SOD, a baseline or an ablation, all on the same loop (see METHODS)")
+    method: Literal["sod", "grpo", "opd", "opd_grpo", "sft", "decay", "mask_after_error", "no_cap",
+                    "sod_no_grpo"] = option("sod", "SOD, a baseline or an ablation, all on the same loop")
     teacher: str = option("tiny", "'tiny', a Hugging Face id or a folder; must share the student's tokenizer")
     tool: Literal["calculator", "python"] = option("calculator", "what the student may call")
     steps: int = option(100, "training steps")
-    prompts_per_step: int = option(8, "problems a step")
-    group_size: int = option(8, "rollouts a problem")
     eval_tasks: int = option(400, "held-out problems")
     delta: float = option(0.2, "cap of a step's weight: 1 + delta")
     coefficient: float = option(1.0, "of the distillation advantage")
-    timeout_rate: float | None = option(None, "share of tool calls that time out; not given = 0.1 on the chain, 0 elsewhere")
+    timeout_rate: float | None = option(None, "share of calls that time out; not given = 0.1 on the chain")
     teacher_knows_timeouts: bool = option(False, "the tiny teacher has seen time-outs and repeats the call")
     compare: bool = option(False, "run --methods on --seeds seeds and print one table")
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "for --compare; not given = all"})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={
+        "help": "for --compare; not given = all"})
     seeds: int = option(3, "seeds for --compare: 0, 1, ...")
-    cascade: bool = option(False, "print divergence, weight and teacher reliability by step, before any training")
+    cascade: bool = option(False, "print divergence, weight and teacher reliability by step; no training")
     explain: bool = option(False, "print one rollout of the student token by token, before any training")
 
     def __post_init__(self):
@@ -79,10 +79,10 @@ class Config(common.Config):
             self.timeout_rate = 0.1 if self.data == "chain" else 0.0
 
 
-# ------------------------------------------------------------------------------------------------ the equations
+# ------------------------------------------------------------------------------------ the equations
 def step_divergence(logps, teacher_logps, steps) -> list[float]:
     """d_k of one trajectory. logps, teacher_logps (T,); steps: [start, end) columns of its turns."""
-    # Eq. 6: d_k = 1/|I_k| sum_{t in I_k} |s_t - q_t|       the absolute value is inside: signs must not cancel
+    # Eq. 6: d_k = 1/|I_k| sum_{t in I_k} |s_t - q_t|    the absolute value is inside: signs must not cancel
     gap = (logps - teacher_logps).abs()                                             # (T,)
     return [float(gap[start:end].mean()) for start, end in steps]
 
@@ -94,29 +94,17 @@ def step_weights(d: list[float], delta: float = 0.2, epsilon: float = 1e-6) -> l
         if k > 0:
             product *= (d[k - 1] + epsilon) / (d_k + epsilon)
         # Eq. 7: w_1 = 1,  w_k = min( prod_{u<k} (d_u + eps) / (d_{u+1} + eps), 1 + delta )
-        # The product itself is never capped, so it telescopes: w_k = min((d_1 + eps) / (d_k + eps), 1 + delta).
+        # Only the result is capped: the product telescopes, w_k = min((d_1 + eps) / (d_k + eps), 1 + delta).
         weights.append(min(product, 1 + delta))
     return weights
 
 
-def uniform(d, first_error, delta):
-    return [1.0] * len(d)
-
-
-def divergence_ratio(d, first_error, delta):
-    return step_weights(d, delta)
-
-
-def no_cap(d, first_error, delta):
-    return step_weights(d, math.inf)
-
-
-def decay(d, first_error, delta):
-    return [0.9 ** max(0, k - first_error) for k in range(len(d))]
-
-
-def mask_after_error(d, first_error, delta):
-    return [float(k <= first_error) for k in range(len(d))]
+# Rules for the weights of one trajectory's steps; first_error: the index of its first failed call.
+def uniform(d, first_error, delta): return [1.0] * len(d)
+def divergence_ratio(d, first_error, delta): return step_weights(d, delta)
+def no_cap(d, first_error, delta): return step_weights(d, math.inf)
+def decay(d, first_error, delta): return [0.9 ** max(0, k - first_error) for k in range(len(d))]
+def mask_after_error(d, first_error, delta): return [float(k <= first_error) for k in range(len(d))]
 
 
 # method: (weight of each step, coefficient of the GRPO advantage, coefficient of the distillation advantage)
@@ -137,9 +125,10 @@ def token_weights(logps, teacher_logps, steps, tool_status, rule, delta: float =
     """Every token gets its step's weight, tokens the student did not write get 0: (B, T)."""
     weights = torch.zeros_like(logps)                                               # (B, T)
     for i, spans in enumerate(steps):
-        failed = [k for k, status in enumerate(tool_status[i]) if status in ("error", "timeout")]
+        # A trajectory without a failed call gets an index behind its last step: no rule then acts on it.
+        first_error = next((k for k, s in enumerate(tool_status[i]) if s in ("error", "timeout")), len(spans))
         d = step_divergence(logps[i], teacher_logps[i], spans)
-        for (start, end), w in zip(spans, rule(d, failed[0] if failed else len(spans), delta)):
+        for (start, end), w in zip(spans, rule(d, first_error, delta)):
             weights[i, start:end] = w
     return weights
 
@@ -147,27 +136,30 @@ def token_weights(logps, teacher_logps, steps, tool_status, rule, delta: float =
 def sod_advantages(outcome, logps, teacher_logps, weights, mask, grpo: float = 1.0, coefficient: float = 1.0):
     """outcome (B,), the others (B, T) -> advantages (B, T), detached.
 
-    The paper prints Eq. 9 as a loss in log pi. Differentiated on sampled tokens that would drop the teacher and have zero
-    expected gradient; as an advantage it is the score-function form of the reverse KL(student || teacher).
+    The paper prints Eq. 9 as a loss in log pi. Differentiated on sampled tokens that would drop the teacher
+    and have zero expected gradient; as an advantage it is the score-function form of KL(student || teacher).
     """
     # Eq. 8-10 in advantage form: A_t = A_outcome + c * w_k(t) * (q_t - s_t)
     return ((grpo * outcome[:, None] + coefficient * weights * (teacher_logps - logps)) * mask).detach()
 
 
-# ------------------------------------------------------------------------------------------------ the toy world
+# ------------------------------------------------------------------------------------ the toy world
 # The boilerplate of a call is two tokens, a call five, a whole turn with its phrase nine.
 OPEN, CLOSE = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "(', ')%10"}}\n</tool_call>'
 TIMED_OUT = "error: timed out"
 FIRST, SECOND = ("OK, ", "So, ", "Now, ", "Then, "), ("we get ", "we have ", "we do ", "we take ")
 # Rates of errors a turn, factor on them once something went wrong, what follows an error, habits of phrase.
-STUDENT = dict(malformed=.08, operand=.05, start=.04, skip=.04, copy=.08, worse=1.5, retry=.5, redo=.2, phrase=(.35, .3, .2, .15))
-TEACHER = dict(malformed=.01, operand=.01, start=.01, skip=.005, copy=.01, worse=1., retry=1., redo=1., phrase=(.2, .2, .3, .3))
+STUDENT = dict(malformed=.08, operand=.05, start=.04, skip=.04, copy=.08, worse=1.5, retry=.5, redo=.2,
+               phrase=(.35, .3, .2, .15))
+TEACHER = dict(malformed=.01, operand=.01, start=.01, skip=.005, copy=.01, worse=1., retry=1., redo=1.,
+               phrase=(.2, .2, .3, .3))
 
 
 @functools.cache
 def build_tokenizer():
     schema = json.dumps(common.TOOLS["calculator"].schema)
-    return common.build_tokenizer([*common.CHAIN_ATOMS, *FIRST, *SECOND, OPEN, CLOSE, schema, BAD_EXPRESSION, TIMED_OUT])
+    atoms = [*common.CHAIN_ATOMS, *FIRST, *SECOND, OPEN, CLOSE, schema, BAD_EXPRESSION, TIMED_OUT]
+    return common.build_tokenizer(atoms)
 
 
 def flaky(tool: Tool, rate: float, rng) -> Tool:
@@ -181,13 +173,15 @@ def call_text(label: str, expression: str) -> str:
     return f"{label}{OPEN}{expression}{CLOSE}"
 
 
-def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8) -> list[tuple[str, str | None]]:
-    """A demonstration as [(turn, tool's answer or None)]: the demonstrator errs and recovers at the rates of `habits`."""
+def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8):
+    """A demonstration [(turn, tool's answer or None), ...], with errors and recoveries as in `habits`."""
     value, modulus, steps = common.parse_chain(task.messages[-1]["content"])
     turns, k, worse = [], 0, 1.0
+
+    def slip(kind):
+        return rng.random() < habits[kind] * worse
+
     while len(turns) < max_turns:
-        def slip(kind):
-            return rng.random() < habits[kind] * worse
         phrase = rng.choices(FIRST, habits["phrase"])[0] + rng.choices(SECOND, habits["phrase"])[0]
         if k >= len(steps):
             turns.append((phrase + f"\\boxed{{{rng.randrange(modulus) if slip('copy') else value}}}", None))
@@ -196,8 +190,7 @@ def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8) -
         label, operation, operand = steps[at]
         start = rng.randrange(modulus) if slip("start") else value
         other = rng.randrange(1, modulus) if slip("operand") else operand
-        malformed = slip("malformed")
-        expression = f"{start}{operation}" if malformed else f"{start}{operation}{other}"
+        expression = f"{start}{operation}" if slip("malformed") else f"{start}{operation}{other}"
         wrong = (at, start, other) != (k, value, operand)
         answer, status = tool.run({"expression": f"({expression})%{modulus}"})
         turns.append((phrase + call_text(label, expression), answer))
@@ -208,7 +201,7 @@ def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8) -
         if status == "ok":
             value = int(answer)
         elif rng.random() < 0.5:
-            value = rng.randrange(modulus)  # ignores the message and goes on, half of the time from an invented value
+            value = rng.randrange(modulus)  # ignores the message, half of the time with an invented value
         k = at + 1
     return turns
 
@@ -256,28 +249,29 @@ def load_teacher(config, tok, device):
     docs = demonstrations(tok, 8000, "teacher", rate, seed=2)
     teacher = common.tiny_model(tok, seed=2, hidden_size=96)
     common.fit_tiny("the teacher", teacher, docs, steps=500, seed=2, fresh=config.fresh)
-    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in teacher.parameters())).hexdigest()
-    common.cached(teacher, ["grpo", weights, rate], lambda: improve(teacher, tok, rate), config.fresh)
+    weights = b"".join(p.detach().numpy().tobytes() for p in teacher.parameters())
+    key = ["grpo", hashlib.sha256(weights).hexdigest(), rate]
+    common.cached(teacher, key, lambda: improve(teacher, tok, rate), config.fresh)
     return teacher.to(device).requires_grad_(False)
 
 
 def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
     """GRPO on the outcome alone, in place."""
-    config = Config(prompts_per_step=8, group_size=8)  # fixed: the teacher does not depend on the student's flags
+    config = Config(prompts_per_step=8, group_size=8)  # fixed: the teacher ignores the student's flags
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     tool = flaky(common.TOOLS["calculator"], timeout_rate, rng)
     optimizer = common.make_optimizer(model, config)
     for step in common.tqdm(range(steps), desc="GRPO for the teacher", mininterval=1, leave=False):
         tasks = [common.chain_task(rng) for _ in range(config.prompts_per_step)]
-        rollouts = common.rollout(model, tok, tasks, config.group_size, tool=tool, max_new_tokens=config.tiny_tokens,
-                                  generator=generator)
+        rollouts = common.rollout(model, tok, tasks, config.group_size, tool=tool,
+                                  max_new_tokens=config.tiny_tokens, generator=generator)
         advantages = common.group_advantages(common.rewards(rollouts, tasks), config.group_size)
         common.update(model, optimizer, rollouts, advantages[:, None], config, step)
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 def train(config: Config) -> dict:
-    """Rollouts with tool -> outcome advantage -> teacher scores the same ids -> step weights -> one policy loss."""
+    """Rollouts with tool -> outcome advantage, teacher's scores of the same ids, step weights -> one loss."""
     device = common.setup(config)
     run = common.Run(config, "sod")
     rule, grpo, distill = METHODS[config.method]
@@ -290,7 +284,7 @@ def train(config: Config) -> dict:
     generator = torch.Generator(device).manual_seed(config.seed)
     optimizer = common.make_optimizer(student, config)
     tool = flaky(common.TOOLS[config.tool], config.timeout_rate, tool_rng)
-    sampling = dict(max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, thinking=config.thinking)
+    sampling = {k: getattr(config, k) for k in ("max_new_tokens", "max_turns", "thinking")}
 
     def measure():  # the same problems, dice and time-outs for every method
         still = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(0))
@@ -302,20 +296,20 @@ def train(config: Config) -> dict:
     for step in range(first, 0 if config.method == "sft" else config.steps):
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
-        rollouts = common.rollout(student, tok, tasks, config.group_size, tool=tool, temperature=config.temperature,
-                                  generator=generator, **sampling)
+        rollouts = common.rollout(student, tok, tasks, config.group_size, tool=tool, generator=generator,
+                                  temperature=config.temperature, **sampling)
         common.rescore(student, rollouts, config)
         sampled = time.time()
 
-        reward = common.rewards(rollouts, tasks).to(device)                         # (B,)
-        outcome = common.group_advantages(reward, config.group_size)                # (B,)
         # Everything that enters the advantage is computed once per batch of rollouts and then frozen.
+        logps, teacher_logps = rollouts.logps, rollouts.logps                       # (B, T)
         if distill:
-            teacher_logps, _ = common.score(teacher, rollouts, config.temperature, config.micro_batch)  # (B, T)
-        else:
-            teacher_logps = rollouts.logps
-        weights = token_weights(rollouts.logps, teacher_logps, rollouts.steps, rollouts.tool_status, rule, config.delta)
-        advantages = sod_advantages(outcome, rollouts.logps, teacher_logps, weights, rollouts.mask, grpo,
+            teacher_logps, _ = common.score(teacher, rollouts, config.temperature, config.micro_batch)
+        reward = common.rewards(rollouts, tasks)                                    # (B,)
+        outcome = common.group_advantages(reward, config.group_size)                # (B,)
+        weights = token_weights(logps, teacher_logps, rollouts.steps, rollouts.tool_status, rule,
+                                config.delta)                                       # (B, T)
+        advantages = sod_advantages(outcome, logps, teacher_logps, weights, rollouts.mask, grpo,
                                     config.coefficient * distill)                   # (B, T)
         scored = time.time()
         norm = common.update(student, optimizer, rollouts, advantages, config, step)
@@ -331,18 +325,17 @@ def train(config: Config) -> dict:
 
 
 def log_step(run, step, started, rollouts, reward, advantages, teacher_logps, weights, norm, seconds) -> None:
-    groups = reward.view(-1, run.config.group_size)
-    flat = int((groups.max(1).values == groups.min(1).values).sum())
-    tokens = rollouts.mask.sum()
-    statuses = [s for row in rollouts.tool_status for s in row if s != "none"]
-    run.watch(rollouts, flat, len(groups), norm)
+    flat = sum(len(set(group)) == 1 for group in reward.view(-1, run.config.group_size).tolist())
+    groups, tokens = run.config.prompts_per_step, rollouts.mask.sum()
+    failed = [status != "ok" for row in rollouts.tool_status for status in row if status != "none"]
+    run.watch(rollouts, flat, groups, norm)
     run.step(step + 1, time.time() - started, {
         "solved": float(reward.mean()), "|A|": float(advantages.abs().sum() / tokens),
         "kl(teacher)": float(((rollouts.logps - teacher_logps) * rollouts.mask).sum() / tokens),
-        "weight": float(weights.sum() / tokens), "entropy": float(rollouts.entropy.sum() / tokens), "grad": norm,
-        "turns": float(np.mean([len(s) for s in rollouts.steps])),
-        "failed calls": f"{100 * np.mean([s != 'ok' for s in statuses] or [0]):.0f}%",
-        "cut": f"{100 * float((~rollouts.finished).float().mean()):.0f}%", "flat groups": f"{flat}/{len(groups)}",
+        "weight": float(weights.sum() / tokens), "entropy": float(rollouts.entropy.sum() / tokens),
+        "grad": norm, "turns": float(np.mean([len(s) for s in rollouts.steps])),
+        "failed calls": f"{100 * np.mean(failed or [0]):.0f}%",
+        "cut": f"{100 * float((~rollouts.finished).float().mean()):.0f}%", "flat groups": f"{flat}/{groups}",
     }, length=float(tokens / len(reward)), **seconds)
 
 
@@ -351,156 +344,148 @@ def compare(config: Config) -> None:
     root, results = Path(config.out or "runs/sod-compare"), {}
     for seed in range(config.seeds):
         for method in config.methods:
-            one = dataclasses.replace(config, method=method, seed=seed, out=str(root / f"{method}-s{seed}"), plot=[],
-                                      fresh=config.fresh and not results, show_every=0)
+            one = dataclasses.replace(config, method=method, seed=seed, out=str(root / f"{method}-s{seed}"),
+                                      plot=[], fresh=config.fresh and not results, show_every=0)
             results.setdefault(method, []).append(train(one))
-    rows = [[method, *(common.mean_spread([r[key] for r in runs])
-                       for key in ("accuracy_after", "accuracy_best", "greedy_after", "seconds_per_step"))]
+    keys = ("accuracy_after", "accuracy_best", "greedy_after", "seconds_per_step")
+    rows = [[method, *(common.mean_spread([r[key] for r in runs]) for key in keys)]
             for method, runs in results.items()]
     start = next(iter(results.values()))[0]
-    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; time-outs "
-          f"{config.timeout_rate}, teacher {'knows' if config.teacher_knows_timeouts else 'has never seen'} them; mean ± standard "
-          f"deviation over {config.seeds} seeds; standard error of one accuracy about {start['se']:.3f}")
+    knows = "knows" if config.teacher_knows_timeouts else "has never seen"
+    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; "
+          f"time-outs {config.timeout_rate}, teacher {knows} them; mean ± standard deviation over "
+          f"{config.seeds} seeds; standard error of one accuracy about {start['se']:.3f}")
     print(common.table(rows, ["method", "T = 1", "best T = 1", "greedy", "seconds a step"]))
 
 
-# ------------------------------------------------------------------------------------------------ looking inside
+# ----------------------------------------------------------------------------------- looking inside
 def oracle(task: Task, turns: list[str], statuses: list[str]):
-    """Yields for each turn: what the prefix holds ('clean', 'tool error', 'silent error'), was the turn right, the right turn.
+    """Yields for each turn: what stands before it, whether it is right, and the right turn (always known).
 
-    The right turn is always known: the call for the last right value, or the final answer. 'tool error': the last trouble was
-    an error message or a time-out; 'silent error': a wrong call was answered without complaint. A right call that succeeds
-    makes the prefix clean again.
+    Before it stands 'tool error' if the last trouble was an error message or a time-out, 'silent error' if a
+    wrong call was answered without complaint; a right call that succeeds makes the prefix 'clean' again.
     """
-    values, steps = common.chain_values(task.messages[-1]["content"]), common.parse_chain(task.messages[-1]["content"])[2]
+    text = task.messages[-1]["content"]
+    values, (_, _, steps) = common.chain_values(text), common.parse_chain(text)
+    rights = [call_text(label, f"{value}{operation}{operand}")
+              for value, (label, operation, operand) in zip(values, steps)] + [f"\\boxed{{{values[-1]}}}"]
     k, prefix = 0, "clean"
-    for text, status in zip(turns, statuses):
-        if k < len(steps):
-            label, operation, operand = steps[k]
-            right = call_text(label, f"{values[k]}{operation}{operand}")
-        else:
-            right = f"\\boxed{{{values[k]}}}"
-        is_right = text.endswith(right)
-        yield prefix, is_right, right
+    for turn, status in zip(turns, statuses):
+        is_right = turn.endswith(rights[k])
+        yield prefix, is_right, rights[k]
         if is_right and status == "ok":
             k, prefix = k + 1, "clean"
         else:
             prefix = "tool error" if status in ("error", "timeout") else "silent error"
 
 
+@torch.no_grad()
 def teacher_is_right(teacher, tok, prefixes, rights, batch: int = 128) -> list[bool]:
-    """Would the teacher, greedily, write exactly `right` after the prefix ids? Teacher-forced, so one pass suffices."""
-    verdicts = []
-    with torch.no_grad():
-        for i in range(0, len(prefixes), batch):
-            said = [common.encode(tok, r) for r in rights[i:i + batch]]
-            rows = [list(p) + s for p, s in zip(prefixes[i:i + batch], said)]
-            ids = common.padded(rows, tok.pad_token_id, device=teacher.device)                             # (b, T)
-            mask = common.padded([[0] * (len(r) - len(s)) + [1] * len(s) for r, s in zip(rows, said)], 0,
-                                 device=teacher.device)                             # (b, T)
-            hits = common.over_vocab_chunks(common.hidden_at(teacher, ids, None, mask), teacher.get_output_embeddings(),
-                                            lambda logits, target: logits.argmax(1) == target, ids[mask.bool()])
-            verdicts += [bool(h.all()) for h in hits.split([len(s) for s in said])]
+    """Would the teacher, greedily, write exactly `right` after the prefix? Teacher-forced: one pass."""
+    verdicts, head = [], teacher.get_output_embeddings()
+    for i in range(0, len(prefixes), batch):
+        said = [common.encode(tok, r) for r in rights[i:i + batch]]
+        pairs = list(zip(prefixes[i:i + batch], said))
+        ids = common.padded([p + s for p, s in pairs], tok.pad_token_id, device=teacher.device)       # (b, T)
+        mask = common.padded([[0] * len(p) + [1] * len(s) for p, s in pairs], 0, device=teacher.device)
+        hidden, target = common.hidden_at(teacher, ids, None, mask), ids[mask.bool()]    # (N, H), (N,)
+        hits = common.over_vocab_chunks(hidden, head, lambda logits, t: logits.argmax(1) == t, target)
+        verdicts += [bool(h.all()) for h in hits.split([len(s) for s in said])]
     return verdicts
 
 
 def look(config: Config, count: int):
-    """The start of a run, for looking at: student, teacher, tokenizer, problems and `count` scored rollouts."""
+    """Before any training: teacher, tokenizer, problems, rollouts, the teacher's log-probs and entropies."""
     device = common.setup(config)
     _, tasks = common.load_tasks(config.data, count)
     student, tok = load_student(config, device)
     teacher = load_teacher(config, tok, device)
     tool = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(config.seed))
-    rollouts = common.rollout(student, tok, tasks, tool=tool, max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
-                              temperature=config.temperature, thinking=config.thinking,
-                              generator=torch.Generator(device).manual_seed(config.seed))
-    return student, teacher, tok, tasks, rollouts, *common.score(teacher, rollouts, config.temperature, config.micro_batch)
+    sampling = {k: getattr(config, k) for k in ("max_new_tokens", "max_turns", "temperature", "thinking")}
+    generator = torch.Generator(device).manual_seed(config.seed)
+    rollouts = common.rollout(student, tok, tasks, tool=tool, generator=generator, **sampling)
+    scores = common.score(teacher, rollouts, config.temperature, config.micro_batch)  # (B, T) each
+    return teacher, tok, tasks, rollouts, *scores
+
+
+def step_records(config: Config, count: int) -> list[dict]:
+    """One record a step: prefix, is it right, d, w, teacher's entropy H, is the teacher right."""
+    teacher, tok, tasks, rollouts, teacher_logps, teacher_entropy = look(config, count)
+    records, prefixes, rights = [], [], []
+    for i, task in enumerate(tasks):
+        spans, row = rollouts.steps[i], rollouts.ids[i].tolist()
+        turns = [tok.decode(row[a:b], skip_special_tokens=True) for a, b in spans]
+        d = step_divergence(rollouts.logps[i], teacher_logps[i], spans)
+        w = step_weights(d, config.delta)
+        pad = int(rollouts.attention_mask[i].argmax())  # column of the first real token
+        for k, (prefix, is_right, right) in enumerate(oracle(task, turns, rollouts.tool_status[i])):
+            a, b = spans[k]
+            records.append(dict(i=i, k=k, prefix=prefix, right=is_right, d=d[k], w=w[k],
+                                H=float(teacher_entropy[i, a:b].mean())))
+            prefixes.append(row[pad:a + 2])  # with the student's phrase (2 tokens), no part of `right`
+            rights.append(right)
+    verdicts = teacher_is_right(teacher, tok, prefixes, rights)
+    return [{**record, "teacher": verdict} for record, verdict in zip(records, verdicts)]
 
 
 def cascade(config: Config, count: int = 500) -> None:
-    """The paper's Figure 1 in miniature: what a wrong call at step 2 does to divergence, weight and teacher, step by step."""
+    """The paper's Figure 1 in miniature: what a wrong call at step 2 does to divergence, weight, teacher."""
     if config.data != "chain":
         common.fail("--cascade needs to know the right call at every step, so it works on --data chain only")
-    _, teacher, tok, tasks, rollouts, teacher_logps, teacher_entropy = look(config, count)
-    records, prefixes, rights = [], [], []
-    for i, task in enumerate(tasks):
-        spans = rollouts.steps[i]
-        turns = [tok.decode(rollouts.ids[i, a:b], skip_special_tokens=True) for a, b in spans]
-        d = step_divergence(rollouts.logps[i], teacher_logps[i], spans)
-        w = step_weights(d, config.delta)
-        row = rollouts.ids[i].tolist()
-        pad = int((rollouts.attention_mask[i] == 0).int().cumprod(0).sum())
-        for k, (prefix, is_right, right) in enumerate(oracle(task, turns, rollouts.tool_status[i])):
-            a, b = spans[k]
-            records.append(dict(i=i, k=k, prefix=prefix, right=is_right, d=d[k], w=w[k], H=float(teacher_entropy[i, a:b].mean())))
-            prefixes.append(row[pad:a + 2])  # up to and with the student's own phrase, which is no part of what is right
-            rights.append(right)
-    for record, verdict in zip(records, teacher_is_right(teacher, tok, prefixes, rights)):
-        record["teacher"] = verdict
-    wrong = {i: min((r["k"] for r in records if r["i"] == i and not r["right"]), default=None) for i in range(len(tasks))}
-    groups = {"clean": [i for i in wrong if wrong[i] is None], "wrong call at step 2": [i for i in wrong if wrong[i] == 1]}
+    records = step_records(config, count)
+    wrong = {r["i"]: r["k"] for r in reversed(records) if not r["right"]}  # trajectory -> first wrong step
+    groups = {"clean": {r["i"] for r in records} - set(wrong),
+              "wrong call at step 2": {i for i, k in wrong.items() if k == 1}}
+
+    def mean(key, some) -> float:
+        return float(np.mean([r[key] for r in some] or [math.nan]))
 
     def by_step(key, rows):
-        return [[r[key] for r in records if r["i"] in rows and r["k"] == k] for k in range(7)]
+        return [mean(key, [r for r in records if r["i"] in rows and r["k"] == k]) for k in range(7)]
 
     names = {"d": "d_k", "H": "teacher entropy", "w": "w_k", "teacher": "teacher's own call right"}
-    means = {(key, group): by_step(key, set(rows)) for key in names for group, rows in groups.items()}
-    print(f"\nby step, mean over trajectories ({', '.join(f'{g}: {len(rows)}' for g, rows in groups.items())} of {count}; "
+    panels = [(name, [(group, range(1, 8), by_step(key, rows)) for group, rows in groups.items()])
+              for key, name in names.items()]
+    sizes = ", ".join(f"{group}: {len(rows)}" for group, rows in groups.items())
+    print(f"\nby step, mean over trajectories ({sizes} of {count}; "
           "clean = every call right, time-outs repeated)")
-    print(common.table([[f"{names[key]}, {group}", *(f"{np.mean(v):.2f}" if v else "-" for v in values)]
-                        for (key, group), values in means.items()], ["", *(f"step {k + 1}" for k in range(7))]))
-    rows = []
+    print(common.table([[f"{name}, {group}", *(f"{v:.2f}".replace("nan", "-") for v in values)]
+                        for name, curves in panels for group, _, values in curves],
+                       ["", *(f"step {k + 1}" for k in range(7))]))
+    rows, keys = [], ("teacher", "right", "d", "H", "w")
     for prefix in ("clean", "tool error", "silent error"):
         some = [r for r in records if r["prefix"] == prefix and r["k"] > 0]
-        rows.append([prefix, len(some), *(f"{np.mean([r[key] for r in some] or [math.nan]):.2f}"
-                                          for key in ("teacher", "right", "d", "H", "w"))])
-    print("\nby what stands before the step (steps 2, 3, ...)")
-    print(common.table(rows, ["prefix", "steps", "teacher right", "student right", "d_k", "teacher entropy", "w_k"]))
-    lengths = np.bincount([len(s) for s in rollouts.steps])
-    print("\nsteps per trajectory: " + ", ".join(f"{k}: {n}" for k, n in enumerate(lengths) if n) + " (with one step, SOD is OPD)")
+        rows.append([prefix, len(some), *(f"{mean(key, some):.2f}" for key in keys)])
+    head = ["prefix", "steps", "teacher right", "student right", "d_k", "teacher entropy", "w_k"]
+    print("\nby what stands before the step (steps 2, 3, ...)\n" + common.table(rows, head))
+    lengths = Counter(Counter(r["i"] for r in records).values())
+    print("\nsteps per trajectory: " + ", ".join(f"{k}: {n}" for k, n in sorted(lengths.items()))
+          + " (with one step, SOD is OPD)")
     if config.plot:
-        plot_cascade(config.plot[0], names, means)
-
-
-def plot_cascade(png: str, names, means) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(names), figsize=(16, 3.5))
-    for axis, (key, title) in zip(axes, names.items()):
-        for (other, group), values in means.items():
-            if other == key:
-                axis.plot([k + 1 for k, v in enumerate(values) if v], [np.mean(v) for v in values if v], "o-", label=group)
-        axis.set(title=title, xlabel="step")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(png, dpi=120)
-    print(f"wrote {png}")
+        common.draw(config.plot[0], panels)
 
 
 def explain(config: Config) -> None:
-    """One rollout token by token. The outcome advantage needs a group, so it is left out: this is the distillation part."""
-    _, _, tok, tasks, rollouts, teacher_logps, teacher_entropy = look(config, 8)
-    i = max(range(len(tasks)), key=lambda j: len(set(rollouts.tool_status[j])) + len(rollouts.steps[j]) / 100)
-    weights = token_weights(rollouts.logps, teacher_logps, rollouts.steps, rollouts.tool_status, METHODS[config.method][0],
-                            config.delta)
-    print(f"{tasks[i].messages[-1]['content']}\n{'token':<34} {'':<8} {'student':>8} {'teacher':>8} {'entropy':>8} {'weight':>7} "
-          f"{'w(q-s)':>7}")
-    for t in range(rollouts.prompt_length, rollouts.ids.shape[1]):
-        if not rollouts.attention_mask[i, t]:
-            continue
+    """One rollout token by token: the distillation part (the outcome advantage would need a group)."""
+    _, tok, tasks, rollouts, teacher_logps, teacher_entropy = look(config, 8)
+    status, steps = rollouts.tool_status, rollouts.steps
+    i = max(range(len(tasks)), key=lambda j: len(set(status[j])) + len(steps[j]) / 100)  # an eventful one
+    rule, _, _ = METHODS[config.method]
+    weights = token_weights(rollouts.logps, teacher_logps, steps, status, rule, config.delta)
+    print(f"{tasks[i].messages[-1]['content']}\n{'token':<34} {'':<8} {'student':>8} {'teacher':>8} "
+          f"{'entropy':>8} {'weight':>7} {'w(q-s)':>7}")
+    end = rollouts.prompt_length + int(rollouts.attention_mask[i, rollouts.prompt_length:].sum())
+    for t in range(rollouts.prompt_length, end):
         text = repr(tok.decode([int(rollouts.ids[i, t])]))[:34]
-        if not rollouts.mask[i, t]:
-            print(f"{text:<34} given")
-            continue
-        s, q, w = (float(x[i, t]) for x in (rollouts.logps, teacher_logps, weights))
-        print(f"{text:<34} sampled  {s:8.3f} {q:8.3f} {float(teacher_entropy[i, t]):8.3f} {w:7.3f} {w * (q - s):+7.3f}")
+        s, q, h, w = (float(x[i, t]) for x in (rollouts.logps, teacher_logps, teacher_entropy, weights))
+        print(f"{text:<34} sampled  {s:8.3f} {q:8.3f} {h:8.3f} {w:7.3f} {w * (q - s):+7.3f}"
+              if rollouts.mask[i, t] else f"{text:<34} given")
 
 
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
     if config.timeout_rate > 1:
-        common.fail(f"--timeout_rate {config.timeout_rate} is no share of the calls; give a number from 0 to 1")
+        common.fail(f"--timeout_rate {config.timeout_rate} is no share; give a number from 0 to 1")
     if unknown := set(config.methods) - set(METHODS):
         common.fail(f"--methods {' '.join(sorted(unknown))}: unknown; choose from {', '.join(METHODS)}")
     if config.cascade:

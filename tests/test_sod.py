@@ -1,7 +1,6 @@
 """SOD: the equations with worked numbers, the toy world, the loop, the command line."""
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -15,9 +14,10 @@ import sod
 ROOT = common.Path(common.__file__).parent
 
 
-# ------------------------------------------------------------------------------------------- equations
+# ---------------------------------------------------------------------------------------- equations
 @pytest.mark.parametrize("mask, spans", [
-    ([1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0], [(0, 2), (4, 5), (6, 9)]), ([0, 1, 1, 0, 0], [(1, 3)]), ([0, 0, 0], []), ([1, 1], [(0, 2)])])
+    ([1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0], [(0, 2), (4, 5), (6, 9)]), ([0, 1, 1, 0, 0], [(1, 3)]),
+    ([0, 0, 0], []), ([1, 1], [(0, 2)])])
 def test_steps_are_runs_of_the_mask(mask, spans):
     assert common.step_spans(mask) == spans
 
@@ -29,8 +29,9 @@ def test_absolute_value_is_inside_the_mean():
 
 
 @pytest.mark.parametrize("d, w", [
-    ([.2, .4, .8], [1, .500001, .250001]), ([.3, .3, .3], [1, 1, 1]), ([.4, .2, .1], [1, 1.2, 1.2]), ([.4, .2, .8], [1, 1.2, .500001]),
-    ([.218, .40, 1.284], [1, .545001, .169783]), ([.2, .5, 1, .5, .2, .1], [1, .400001, .200001, .400001, 1, 1.2]), ([.5], [1]),
+    ([.2, .4, .8], [1, .500001, .250001]), ([.3, .3, .3], [1, 1, 1]), ([.4, .2, .1], [1, 1.2, 1.2]),
+    ([.4, .2, .8], [1, 1.2, .500001]), ([.218, .40, 1.284], [1, .545001, .169783]), ([.5], [1]),
+    ([.2, .5, 1, .5, .2, .1], [1, .400001, .200001, .400001, 1, 1.2]),
     ([0, .3], [1, 3.3333e-6]), ([.3, 0], [1, 1.2]), ([0, 0], [1, 1]), ([.4, .1, .4], [1, 1.2, 1.0])])
 def test_step_weights(d, w):
     assert sod.step_weights(d) == pytest.approx(w, rel=1e-4)
@@ -47,7 +48,8 @@ def test_the_product_telescopes_and_has_no_memory():
         d = [rng.random() * 10 ** rng.randint(-3, 1) for _ in range(rng.randint(1, 9))]
         w = sod.step_weights(d)
         assert w == pytest.approx([min((d[0] + 1e-6) / (x + 1e-6), 1.2) for x in d], rel=1e-9)
-        order = [0, *rng.sample(range(1, len(d) - 1), len(d) - 2), len(d) - 1] if len(d) > 2 else range(len(d))
+        order = list(range(len(d)))
+        order[1:-1] = rng.sample(order[1:-1], len(order[1:-1]))
         assert sod.step_weights([d[i] for i in order]) == pytest.approx([w[i] for i in order], rel=1e-9)
 
 
@@ -80,7 +82,8 @@ def test_whole_chain(tool_token):
     assert w == pytest.approx([1, 1, 0, .3, .3, 0], abs=1e-5)
     assert a == pytest.approx([.3, .9, 0, .26, .86, 0], abs=1e-5)
     assert loss == pytest.approx(-.58, abs=1e-5)
-    assert gradient == pytest.approx([-.075, -.225, 0, -.065, -.215, 0], abs=1e-5)  # -A m / N: nothing flows through w, d, q
+    # -A m / N: nothing flows through w, d, q
+    assert gradient == pytest.approx([-.075, -.225, 0, -.065, -.215, 0], abs=1e-5)
 
 
 def test_the_clip_acts_on_the_sum():
@@ -92,10 +95,11 @@ def test_the_clip_acts_on_the_sum():
 def test_reductions():
     s, q, mask = torch.randn(2, 4), torch.randn(2, 4), torch.ones(2, 4)
     outcome, w = torch.tensor([.5, -.5]), torch.rand(2, 4)
-    assert torch.equal(sod.sod_advantages(outcome, s, q, w, mask, 1, 0), outcome[:, None].expand(2, 4))  # GRPO
-    assert torch.allclose(sod.sod_advantages(outcome, s, q, torch.ones(2, 4), mask, 0, 1), q - s)        # OPD
+    same = outcome[:, None].expand(2, 4)
+    assert torch.equal(sod.sod_advantages(outcome, s, q, w, mask, 1, 0), same)                      # GRPO
+    assert torch.allclose(sod.sod_advantages(outcome, s, q, torch.ones(2, 4), mask, 0, 1), q - s)   # OPD
     assert not sod.sod_advantages(outcome, s.requires_grad_(), q, w, mask).requires_grad
-    assert torch.equal(sod.sod_advantages(outcome, s, s, w, mask), outcome[:, None].expand(2, 4))        # teacher = student
+    assert torch.equal(sod.sod_advantages(outcome, s, s, w, mask), same)            # teacher = student
 
 
 def test_expected_gradient_is_that_of_the_reverse_kl():
@@ -110,11 +114,12 @@ def test_expected_gradient_is_that_of_the_reverse_kl():
         s, q = log_p[token].view(1, 1), log_q[token].view(1, 1)
         a = sod.sod_advantages(torch.zeros(1), s, q, torch.ones(1, 1), torch.ones(1, 1))
         loss = common.policy_loss(s, s.detach(), a, torch.ones(1, 1))
-        expected = expected + log_p[token].exp().detach() * torch.autograd.grad(loss, student, retain_graph=True)[0]
+        gradient_of_one = torch.autograd.grad(loss, student, retain_graph=True)[0]
+        expected = expected + log_p[token].exp().detach() * gradient_of_one
     assert torch.allclose(expected, gradient, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------- the toy world
+# ------------------------------------------------------------------------------------ the toy world
 @pytest.fixture(scope="module")
 def tok():
     return sod.build_tokenizer()
@@ -137,10 +142,12 @@ def test_demonstrations_are_what_a_rollout_would_have_produced(tok):
         text = tok.decode(ids, skip_special_tokens=False)
         messages = [*task.messages]
         for said, heard in turns:
-            messages += [{"role": "assistant", "content": said}, *([{"role": "tool", "content": heard}] if heard else [])]
-        whole = tok.apply_chat_template(messages, tools=[tool.schema], tokenize=False, add_generation_prompt=True)
+            messages.append({"role": "assistant", "content": said})
+            messages += [{"role": "tool", "content": heard}] if heard else []
+        whole = tok.apply_chat_template(messages, tools=[tool.schema], tokenize=False,
+                                        add_generation_prompt=True)
         assert whole.startswith(text)
-        # Encoding the text again gives other ids: end-of-turn and the header after it would merge. Hence ids only.
+        # Encoding the text again gives other ids: end-of-turn and the header after it would merge.
         assert len(turns) == 1 or ids != common.encode(tok, text)
 
 
@@ -155,7 +162,8 @@ def test_clean_habits_always_succeed():
 
 
 def test_oracle_follows_errors_and_recoveries():
-    task = common.Task([{"role": "user", "content": "Start with 4, work modulo 10: A+1, B*5. Put the last value in \\boxed{}."}], "5")
+    text = "Start with 4, work modulo 10: A+1, B*5. Put the last value in \\boxed{}."
+    task = common.Task([{"role": "user", "content": text}], "5")
     right_a, right_b = "OK, we get " + sod.call_text("A", "4+1"), "So, we do " + sod.call_text("B", "5*5")
     turns = [right_a, right_a, sod.call_text("B", "5*6"), right_b, "\\boxed{5}"]
     found = list(sod.oracle(task, turns, ["timeout", "ok", "ok", "ok", "none"]))
@@ -163,7 +171,7 @@ def test_oracle_follows_errors_and_recoveries():
         ("clean", True), ("tool error", True), ("clean", False), ("silent error", True), ("clean", True)]
 
 
-# ------------------------------------------------------------------------------------------- the scripts
+# -------------------------------------------------------------------------------------- the scripts
 SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "16", "--show_every", "0"]
 
 
@@ -175,7 +183,8 @@ def run(folder, *flags):
 @pytest.mark.parametrize("method", list(sod.METHODS))
 def test_every_method_runs(method, tmp_path):
     summary = run(tmp_path / "run", "--method", method)
-    steps = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"eval"' not in line]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in lines if '"eval"' not in line]
     assert summary["method"] == method and len(steps) == (0 if method == "sft" else 2)
     assert summary["accuracy_before"] == summary["accuracy_after"] or method != "sft"
 
@@ -186,7 +195,8 @@ def test_resume_equals_never_stopped(tmp_path):
     parts = run(tmp_path / "parts", "--save_every", "1", "--steps", "4", "--resume")
     assert whole["accuracy_after"] == parts["accuracy_after"]
     read = [[{k: v for k, v in json.loads(line).items() if "seconds" not in k}
-             for line in (tmp_path / f / "metrics.jsonl").read_text().splitlines()] for f in ("whole", "parts")]
+             for line in (tmp_path / f / "metrics.jsonl").read_text().splitlines()]
+            for f in ("whole", "parts")]
     assert read[0] == read[1]
 
 
@@ -213,8 +223,9 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
     other = common.build_tokenizer(["a phrase of its own"])
     common.tiny_model(other, 0).save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    assert "different tokenizers" in refused(sod.main, ["--teacher", str(tmp_path / "other"), "--out", str(tmp_path / "a"), *SMALL])
-    assert "different tokenizers" in refused(sod.main, ["--model", str(tmp_path / "other"), "--out", str(tmp_path / "b"), *SMALL])
+    for flag, out in (("--teacher", "a"), ("--model", "b")):
+        argv = [flag, str(tmp_path / "other"), "--out", str(tmp_path / out), *SMALL]
+        assert "different tokenizers" in refused(sod.main, argv)
     assert "no file" in refused(sod.main, ["--data", "nothing.jsonl", "--out", str(tmp_path / "c")])
     assert "timeout_rate" in refused(sod.main, ["--timeout_rate", "1.5"])
     (tmp_path / "d.jsonl").write_text('{"question": "1+1", "answer": "2"}\n' * 3)
@@ -227,10 +238,10 @@ def test_the_users_command(tmp_path):
     run = [sys.executable, str(ROOT / "sod.py"), "--steps", "2", "--eval_tasks", "4", "--group_size", "2"]
     result = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "eval before" in result.stdout and "step 2/2" in result.stdout and "wrote runs/sod-sod-s0/" in result.stdout
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"question": f"What is {i}+1?", "answer": f"#### {i + 1}"})
-                                                   for i in range(20)))
-    result = subprocess.run([*run, "--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real",
-                             "--timeout_rate", "0.1"],  # the same rate, hence the same tiny models, as above
-                            capture_output=True, text=True, cwd=tmp_path)
+    assert all(x in result.stdout for x in ("eval before", "step 2/2", "wrote runs/sod-sod-s0/"))
+    rows = [{"question": f"What is {i}+1?", "answer": f"#### {i + 1}"} for i in range(20)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    real = ["--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real",
+            "--timeout_rate", "0.1"]  # the same rate, hence the same tiny models, as above
+    result = subprocess.run([*run, *real], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
