@@ -952,6 +952,12 @@ def evaluate(model, tok, tasks, *, samples: int = 1, greedy: bool = False, **sam
 
 
 # ------------------------------------------------------------------------------------- runs on disk
+def write_atomically(text: str, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def run_folder(config, script: str) -> Path:
     return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
 
@@ -968,18 +974,15 @@ class Run:
             self.state = self._load_state()
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             if not config.overwrite:
-                fail(f"{self.folder} exists; add --resume to go on, --overwrite to replace it, "
-                     "or another --out")
+                resume = "--resume to go on, " if (self.folder / "state.pt").exists() else ""
+                fail(f"{self.folder} exists; add {resume}--overwrite to replace it, or another --out")
             if not self.metrics.exists():
                 fail(f"{self.folder} does not look like a run, so it is not overwritten; give another --out")
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics.touch()
 
     def _load_state(self) -> dict:
         path = self.folder / "state.pt"
         if not path.exists() or not self.metrics.exists():
-            fail(f"there is no checkpoint in {self.folder}; start without --resume")
+            fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # see `cached`
@@ -993,18 +996,23 @@ class Run:
         self.began -= self.notes["seconds"]  # the time before the stop counts too
         # What came after the checkpoint is done again; a kill may have left half a line, which has no "}".
         lines = [x for x in self.metrics.read_text().splitlines() if x.endswith("}") and '"after"' not in x]
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= self.notes["step"]]
-        self.metrics.write_text("".join(line + "\n" for line in kept))
+        self.kept = [line for line in lines if json.loads(line).get("step", 0) <= self.notes["step"]]
         return state
 
     def track(self, **parts) -> int:
         """Names all that a checkpoint must hold (models, optimiser, dice), restores it on --resume, and
-        returns the first step to do."""
+        returns the first step to do. Only now, with data and models loaded, is anything written: a start that
+        fails on bad input leaves an earlier run as it was."""
         self.parts = parts
         if self.config.resume:
             for name, part in parts.items():
                 setter = next(s for s in ("load_state_dict", "set_state", "setstate") if hasattr(part, s))
                 getattr(part, setter)(self.state[name])
+            write_atomically("".join(line + "\n" for line in self.kept), self.metrics)
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            self.metrics.touch()
         return self.notes["step"]
 
     def save(self, step: int) -> None:
@@ -1050,7 +1058,7 @@ class Run:
     def watch(self, rollouts: Rollouts, flat: int, groups: int, norm: float) -> None:
         """The usual reasons why nothing is learnt, each with a remedy."""
         if flat == groups and self.config.group_size > 1:
-            self.warn("every group is all right or all wrong, so the outcome gives no signal in this step; "
+            self.warn("in every group all rewards are equal, so the outcome gives no signal in this step; "
                       "take easier or harder problems, or a larger --group_size")
         if (~rollouts.finished).float().mean() > 0.5:
             self.warn("more than half of the rollouts did not finish and score 0; "
@@ -1078,9 +1086,7 @@ class Run:
                          "transformers": transformers.__version__}}
         model.save_pretrained(self.folder / "model")
         tok.save_pretrained(self.folder / "model")
-        temporary = self.folder / "summary.json.tmp"
-        temporary.write_text(json.dumps(summary, indent=1))
-        os.replace(temporary, self.folder / "summary.json")
+        write_atomically(json.dumps(summary, indent=1), self.folder / "summary.json")
         print(f"wrote {self.folder}/  total {summary['seconds']:.0f} s", flush=True)
         return summary
 
@@ -1131,10 +1137,11 @@ def plot_runs(png: str, folders: list) -> None:
     curves = {key: [] for key in titles}
     for folder in map(Path, folders):
         try:
-            records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
         except OSError:
             fail(f"{folder} is not a run's folder (it has no metrics.jsonl); check --plot")
-        when = {"before": 0, "after": max((r["step"] for r in records if "eval" not in r), default=0)}
+        records = [json.loads(line) for line in lines if line.endswith("}")]  # while it runs, one may be half
+        when = {"before": 0, "after": max((r.get("step", 0) for r in records), default=0)}
         for key, found in curves.items():
             some = [r for r in records if key in r and ("eval" in r) == (key == "accuracy")]
             x = [when.get(r["eval"], r["eval"]) if key == "accuracy" else r["step"] for r in some]

@@ -343,7 +343,7 @@ def compare(config: Config) -> None:
     """Every method from the same start, with the same prompts; mean and spread over seeds."""
     root, results = Path(config.out or "runs/sod-compare"), {}
     for seed in range(config.seeds):
-        for method in config.methods:
+        for method in dict.fromkeys(config.methods):
             one = dataclasses.replace(config, method=method, seed=seed, out=str(root / f"{method}-s{seed}"),
                                       plot=[], fresh=config.fresh and not results, show_every=0)
             results.setdefault(method, []).append(train(one))

@@ -376,12 +376,12 @@ def train(config: Config) -> dict:
     train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain)
     student, tok = load_student(config, device)
     common.header("srpo.py", config, student, device)
-    if config.gate_tasks and not config.resume:
-        run.log({"gates": gates(student, tok, held_out[:config.gate_tasks], config)})
     teacher = copy.deepcopy(student).requires_grad_(False)  # storage of its own, else it would be the student
     optimizer, rng = common.make_optimizer(student, config), random.Random(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
     first = run.track(model=student, teacher=teacher, optimizer=optimizer, dice=generator, prompts=rng)
+    if config.gate_tasks and not config.resume:
+        run.log({"gates": gates(student, tok, held_out[:config.gate_tasks], config)})
     if not config.resume:
         run.evaluated("before", evaluate(student, tok, held_out, config))
     for step in range(first, config.steps):

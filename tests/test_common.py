@@ -176,7 +176,7 @@ def test_minibatches_reuse_the_frozen_log_probs(tok, model, monkeypatch):
     rollouts, ratios, real = some_rollouts(student, tok), [], common.policy_loss
 
     def spy(logps, old_logps, advantages, mask, **how):
-        ratios.append(float(((logps - old_logps) * mask).abs().max()))
+        ratios.append(float(((logps - old_logps) * mask).abs().max().detach()))
         return real(logps, old_logps, advantages, mask, **how)
     monkeypatch.setattr(common, "policy_loss", spy)
     optimizer, ones = common.make_optimizer(student, config), torch.ones(len(rollouts.ids), 1)
@@ -559,7 +559,7 @@ def lines_without_times(folder):
 SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "20", "--show_every", "0"]
 
 
-def test_training_improves_and_resume_equals_never_stopped(tmp_path, refused):
+def test_resume_equals_never_stopped_and_nothing_is_lost(tmp_path, refused):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common.main(["--steps", "4", "--save_every", "2", "--eval_every", "2", "--out", str(whole), *SMALL])
     common.main(["--steps", "2", "--save_every", "2", "--eval_every", "2", "--out", str(parts), *SMALL])
@@ -579,6 +579,11 @@ def test_training_improves_and_resume_equals_never_stopped(tmp_path, refused):
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     mine = ["--overwrite", "--out", str(tmp_path / "mine"), *SMALL]
     assert "does not look like a run" in refused(common.main, mine)
+    before = sorted(str(f) for f in parts.rglob("*"))  # a start that fails on its input destroys nothing
+    refused(common.main, ["--overwrite", "--out", str(parts), "--data", str(tmp_path / "none.jsonl"), *SMALL])
+    assert sorted(str(f) for f in parts.rglob("*")) == before
+    refused(common.main, ["--out", str(tmp_path / "new"), "--data", str(tmp_path / "none.jsonl"), *SMALL])
+    assert not (tmp_path / "new").exists()
     common.main(["--plot", str(tmp_path / "a.png"), str(whole), str(parts)])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
