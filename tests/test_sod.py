@@ -201,7 +201,7 @@ def test_resume_equals_never_stopped(tmp_path):
 
 
 def test_sod_learns(tmp_path):
-    summary = sod.train(common.parse(sod.Config, ["--steps", "25", "--eval_tasks", "150", "--show_every", "0",
+    summary = sod.train(common.parse(sod.Config, ["--steps", "40", "--eval_tasks", "150", "--show_every", "0",
                                                   "--out", str(tmp_path / "run")]))
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
 
@@ -234,14 +234,20 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
 
 
 def test_the_users_command(tmp_path):
-    """`python sod.py`, shrunk, as a process of its own; and real data through the python tool."""
-    run = [sys.executable, str(ROOT / "sod.py"), "--steps", "2", "--eval_tasks", "4", "--group_size", "2"]
+    """`python sod.py` as a process of its own, from saved models (else it would fit them in full); then real data
+    through the python tool."""
+    config = sod.Config()
+    student, tok = sod.load_student(config, "cpu")
+    for name, model in (("student", student), ("teacher", sod.load_teacher(config, tok, "cpu"))):
+        model.save_pretrained(tmp_path / name)
+        tok.save_pretrained(tmp_path / name)
+    run = [sys.executable, str(ROOT / "sod.py"), "--steps", "2", "--eval_tasks", "4", "--group_size", "2",
+           "--model", "student", "--teacher", "teacher", "--threads", "1"]
     result = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert all(x in result.stdout for x in ("eval before", "step 2/2", "wrote runs/sod-sod-s0/"))
-    rows = [{"question": f"What is {i}+1?", "answer": f"#### {i + 1}"} for i in range(20)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    real = ["--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real",
-            "--timeout_rate", "0.1"]  # the same rate, hence the same tiny models, as above
-    result = subprocess.run([*run, *real], capture_output=True, text=True, cwd=tmp_path)
+    assert "eval before" in result.stdout and "step 2/2" in result.stdout and "wrote runs/sod-sod-s0/" in result.stdout
+    (tmp_path / "data.jsonl").write_text("\n".join(
+        json.dumps({"question": f"What is {i}+1?", "answer": f"#### {i + 1}"}) for i in range(20)))
+    result = subprocess.run([*run, "--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real"],
+                            capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
