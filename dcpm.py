@@ -953,7 +953,10 @@ class Line:
     channel: str
     text: str
     t: str
-    entries: list  # [(date, text)]
+    entries: list = None  # [(date, text)]; by default the line itself
+
+    def __post_init__(self):
+        self.entries = self.entries or [(self.t, self.text)]
 
     def __str__(self):
         return f"[{self.id}] {self.text}"
@@ -1044,50 +1047,38 @@ def visible_schemas(store, now):
     return schemas, sorted(cores, key=rank)
 
 
-def node_line(b):
-    """One belief on its own."""
-    return Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event, [(b.t_event, b.text)])
-
-
 def chain_line(store, slot):
-    """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"."""
+    """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; suppressed nodes stay out."""
     chain, entries = [b for b in store.chain(slot) if b.status != "suppressed"], []
-    if len(chain) < 2:
-        return node_line(chain[0]) if chain else None  # suppressed nodes are never shown
     for b in chain:
         text = b.text if b.link_kind == "refine" else b.value or "none"
         text = f"no longer {text}" if b.polarity < 1 and b.value else text
         entries.append((b.t_event, text, ", current" if b.status == "active" else ""))
+    if len(chain) < 2:
+        return Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event) if chain else None
     steps = " → ".join(f"{text} ({t[:10]}{mark})" for t, text, mark in entries)
-    return Line(chain[-1].id, "fact", f"{slot[0]} {slot[1]}: {steps}", chain[-1].t_event,
-                [(t, text + mark) for t, text, mark in entries])
+    entries = [(t, text + mark) for t, text, mark in entries]
+    return Line(b.id, "fact", f"{slot[0]} {slot[1]}: {steps}", b.t_event, entries)
 
 
-def recall(store, question, now, budget=800, links=True, schemas=True, sweep=True, separate=False):
+def recall(store, question, now, budget=800, schemas=True, sweep=True, separate=False):
     """Question -> Recall within `budget` tokens. Every line carries the id to ask `why` about.
 
     `separate=True` gives schemas and cores a channel of their own, four lines on top of the budget, as in
-    the authors' reader; else they take their share and displace facts. `links=False`: beliefs one by one.
+    the authors' reader; else they take their share and displace facts.
     """
     wanted, size = {c: [] for c in (*SHARES, "fact", "newest")}, 0
     # 1. What to show: chains of the attribute asked about, then word hits, then the profile, then the newest.
     asked = asked_about(question)
-    hits = top_beliefs(store, f"{question} {' '.join(asked)}")
-    newest = list(store.beliefs.values())[-50:][::-1]  # nearest neighbours always find something: so do we
+    hits = [b.slot for b in top_beliefs(store, f"{question} {' '.join(asked)}")]
     named = [(p, a, None) for a in (*asked, *sorted(SINGLE)) for p in people_in(store, question)]
-    if links:
-        found = dict.fromkeys([s for s in named[:len(asked)] if s in store.heads] + [b.slot for b in hits]
-                              + [s for s in named if s in store.heads])
-        rest = dict.fromkeys(b.slot for b in newest)
-    else:
-        found, rest = dict.fromkeys(b.id for b in hits), dict.fromkeys(b.id for b in newest)
-    for item in [*found, *(i for i in rest if i not in found)]:
-        b = store.head(item) if links else store.beliefs[item]
-        line = chain_line(store, item) if links else node_line(b) if b.status != "suppressed" else None
-        if line:
-            profile = b.slot[2] is None and b.slot[1] not in asked
-            line.channel = ("newest" if item not in found else "identity" if b.layer == "identity"
-                            else "profile" if profile else "fact")
+    found = dict.fromkeys(s for s in (*named[:len(asked)], *hits, *named) if s in store.heads)
+    newest = [b.slot for b in list(store.beliefs.values())[-50:][::-1]]  # so that something is always found
+    for slot in dict.fromkeys([*found, *newest]):
+        if line := chain_line(store, slot):
+            profile = "profile" if slot[2] is None and slot[1] not in asked else "fact"
+            line.channel = ("newest" if slot not in found
+                            else "identity" if store.head(slot).layer == "identity" else profile)
             wanted[line.channel].append(line)
             size += line.cost
             if size > 3 * budget:  # more could not fit, whatever the shares leave over
@@ -1097,13 +1088,13 @@ def recall(store, question, now, budget=800, links=True, schemas=True, sweep=Tru
         found, cores = visible_schemas(store, now)
         own = [s for s in found if s.domain == domain_of(question)]
         nodes = own + (cores if sweep else []) + [s for s in found if s not in own]
-        wanted["schema"] = [Line(n.id, "schema", n.text, n.created, [(n.created, n.text)]) for n in nodes]
+        wanted["schema"] = [Line(n.id, "schema", n.text, n.created) for n in nodes]
     # 3. What is coming up; `until` is compared with `now`, so a lapsed plan is never shown as one.
     for item in sorted(store.intentions.values(), key=lambda i: (i.until, i.id)):
         alive = any(holds(store.beliefs[b]) for b in item.evidence)
         if item.status == "open" and item.until >= now[:10] and alive:
             text = f"planned until {item.until}: {item.text}"
-            wanted["intention"].append(Line(item.id, "intention", text, item.until, [(item.until, text)]))
+            wanted["intention"].append(Line(item.id, "intention", text, item.until))
     return assemble(store, wanted, question, now, budget, separate)
 
 
@@ -1126,8 +1117,7 @@ def assemble(store, wanted, question, now, budget, separate):
     left = spend(wanted["fact"], left)
     cited = {s[0] for i in chosen if i in store.beliefs for s in store.beliefs[i].sources}
     turns = [store.turns[i] for _, i in rank_turns(store, question, now, 50) if i not in cited]
-    left = spend([Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t, [(t.t, t.text)])
-                  for t in turns], left)
+    left = spend([Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t) for t in turns], left)
     spend(wanted["newest"], left)
 
     def order(line):  # cores, schemas, profile and identity, then everything else by time
@@ -1300,15 +1290,11 @@ def replay(log, user="user"):
     return store
 
 
-STATE = ("turns", "beliefs", "heads", "schemas", "cores", "intentions", "hidden", "members", "speakers")
-
-
 def snapshot(store):
-    """Everything a store holds, as one comparable string."""
-    kinds = ("turns", "beliefs", "schemas", "cores", "intentions")
-    parts = [{i: asdict(n) for i, n in getattr(store, kind).items()} for kind in kinds]
-    rest = [sorted(store.hidden), sorted(store.heads.values()), [asdict(e) for e in store.log]]
-    return json.dumps([parts, rest], sort_keys=True)
+    """Everything a store holds, its log included, as one comparable string."""
+    kinds = (store.turns, store.beliefs, store.schemas, store.cores, store.intentions, store.log)
+    rest = (sorted(store.hidden), list(store.heads.values()), list(store.members.values()), store.speakers)
+    return json.dumps([kinds, rest], sort_keys=True, default=vars)
 
 
 def check_store(store):
@@ -1345,8 +1331,7 @@ def check_store(store):
             bad.append(f"core {c.id} does not rest on two domains")
         if c.evidence != sorted({i for m in members for i in m.evidence}):
             bad.append(f"evidence of core {c.id} is not the union of its members'")
-    again = replay(store.log, store.user)
-    if any(getattr(again, part) != getattr(store, part) for part in STATE):
+    if snapshot(replay(store.log, store.user)) != snapshot(store):
         bad.append("replaying the log gives another store")
     return bad
 
@@ -1760,12 +1745,11 @@ def placebo(store, rng):
     return fake
 
 
-CONDITIONS = {  # switches of recall; "shared": schemas have no channel of their own and displace facts
-    "raw TF-IDF": None, "System1, links off": dict(schemas=False, links=False),
-    "System1": dict(schemas=False),
+CONDITIONS = {  # switches of recall
+    "raw TF-IDF": None, "System1": dict(schemas=False),
     "System1+2, no sweep": dict(separate=True, sweep=False), "System1+2": dict(separate=True),
     "System1, more tokens": dict(schemas=False),  # as many as System1+2 spends in all
-    "placebo": dict(separate=True), "System1+2, shared": dict(), "placebo, shared": dict()}
+    "placebo": dict(separate=True)}
 
 
 def raw_lines(store, tfidf, matrix, question, budget):
@@ -1773,7 +1757,7 @@ def raw_lines(store, tfidf, matrix, question, budget):
     turns, out = list(store.turns.values()), []
     scores = (matrix @ tfidf.transform([question]).T).toarray().ravel()
     for t in (turns[i] for i in sorted(range(len(turns)), key=lambda i: (-scores[i], -i))):
-        out.append(Line(t.id, "raw", f"{t.t[:10]} {t.text}", t.t, [(t.t, t.text)]))
+        out.append(Line(t.id, "raw", f"{t.t[:10]} {t.text}", t.t))
         budget -= out[-1].cost
         if budget < 0:
             return out[:-1]
@@ -1832,21 +1816,19 @@ def print_benchmark(name, table, frames, lexicon, budget):
         cells = [bootstrap(100 * values[:, k]) for k in range(len(KINDS))]
         print(f"{condition:23}" + "".join(f"{m:>9.1f} ±{(hi - lo) / 2:4.1f}  " for m, lo, hi in cells))
 
-    def gain(a, b="System1"):
-        return 100 * (table[a] - table[b])
-    full, shared, implicit = gain("System1+2"), gain("System1+2, shared"), slice(4, 6)
-    facts = {"gain of System2, span": full[:, 0], "gain, implicit seen": full[:, 4],
-             "gain, implicit unseen": full[:, 5],
-             "headline: implicit - span": full[:, implicit].mean(1) - full[:, 0],
-             "over placebo, implicit": gain("System1+2", "placebo")[:, implicit].mean(1),
-             "over as many tokens, implicit": gain("System1+2", "System1, more tokens")[:, implicit].mean(1),
-             "sweep alone, implicit unseen": gain("System1+2", "System1+2, no sweep")[:, 5],
-             "shared budget, span": shared[:, 0], "shared budget, implicit": shared[:, implicit].mean(1)}
+    def gain(over, kinds):  # of System1+2, per persona, in points
+        return 100 * (table["System1+2"] - table[over])[:, kinds].mean(1)
+    span, seen, unseen, implicit = [0], [4], [5], [4, 5]
+    facts = {"gain of System2, span": gain("System1", span), "gain, implicit seen": gain("System1", seen),
+             "gain, implicit unseen": gain("System1", unseen),
+             "headline: implicit - span": gain("System1", implicit) - gain("System1", span),
+             "over placebo, implicit": gain("placebo", implicit),
+             "over as many tokens, implicit": gain("System1, more tokens", implicit),
+             "sweep alone, implicit unseen": gain("System1+2, no sweep", unseen)}
     facts = {label: tuple(round(float(x), 1) for x in bootstrap(values)) for label, values in facts.items()}
     for label, (mean, low, high) in facts.items():
         print(f"  {label:34} {mean:+6.1f}  [{low:+.1f}, {high:+.1f}]")
-    span, seen, unseen, same = (facts[k] for k in ("gain of System2, span", "gain, implicit seen",
-                                                   "gain, implicit unseen", "over as many tokens, implicit"))
+    span, seen, unseen, _, _, same, _ = facts.values()
     verdict = "Yes" if min(seen[1], unseen[1]) > span[2] else "Not shown"
     print(f"  Does System2 help most on implicit questions and least on span? {verdict} on this bank: "
           f"{seen[0]:+.1f} and {unseen[0]:+.1f} points\n  against {span[0]:+.1f}. Against a System1 that may "

@@ -52,16 +52,6 @@ def test_same_operations_same_store():
     assert final(5) == final(5)
 
 
-def test_links_are_only_a_way_of_reading():
-    """Without links the same beliefs are written; the reader then shows them one by one."""
-    memory = dcpm.Memory()
-    for day, text in enumerate(("I live in Paris.", "I moved to Berlin."), 1):
-        memory.observe(text, f"2024-05-0{day}")
-    before = dcpm.snapshot(memory.store())
-    plain = memory.recall("Where do I live?", "2024-06-01", links=False)
-    assert "→" not in plain.text and {"b1", "b2"} <= set(plain.ids) and dcpm.snapshot(memory.store()) == before
-
-
 def test_rule_backend_imports_no_model_library():
     code = ("import dcpm; m = dcpm.Memory(); [m.observe(t, '2024-05-01', f's{i}') for i, t in enumerate("
             "['I wrote a checklist for dinner.', 'I made a list for the stew.', 'I planned the cake on a schedule.'])];"
