@@ -43,7 +43,7 @@ import sys
 import tempfile
 import time
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -382,8 +382,7 @@ class Store:
         self._weigh(belief)
 
     def _weigh(self, belief):
-        """confidence = 1 - prod(1 - reliability) over sessions: saying it twice in one sitting adds
-        nothing."""
+        """1 - prod(1 - reliability) over sessions: saying it twice in one sitting adds nothing."""
         best = {}
         for turn, _, _, reliability in belief.sources:
             session = self.turns[turn].session
@@ -408,16 +407,16 @@ class Store:
 # Two entries are a pair of opposite poles: name | gloss | cues. Lexicon, domains and frames were fixed before
 # the test bank was first run; their hash is logged with every held-out result.
 LEXICON = """
-plans | plans ahead and prepares in detail | checklist, list, schedule, itinerary, spreadsheet, \
-in advance, weeks ahead, timetable, plan ahead, mapped out, draw up, drew up, prepare, outline, agenda, \
-ahead of time, step by step
+plans | plans ahead and prepares in detail | checklist, list, schedule, itinerary, spreadsheet, in advance, \
+weeks ahead, timetable, plan ahead, mapped out, draw up, drew up, prepare, outline, agenda, ahead of time, \
+step by step
 improvises | improvises and decides on the spot | on a whim, spontaneous, last minute, spur of the moment, \
-improvise, made it up, without a plan, wing it, winged it, on the fly, see what happen, \
-no idea beforehand, unplanned
-saves | saves money and looks for the cheaper way | cheap, cheaper, discount, second hand, coupon, \
-bargain, on sale, budget, for free, haggle, borrow, save money, thrifty
-spends | spends freely and takes the best there is | splurge, expensive, luxury, premium, \
-top of the range, first class, treat myself, pay extra, paid extra, priciest, regardless of price, deluxe
+improvise, made it up, without a plan, wing it, winged it, on the fly, see what happen, no idea beforehand, \
+unplanned
+saves | saves money and looks for the cheaper way | cheap, cheaper, discount, second hand, coupon, bargain, \
+on sale, budget, for free, haggle, borrow, save money, thrifty
+spends | spends freely and takes the best there is | splurge, expensive, luxury, premium, top of the range, \
+first class, treat myself, pay extra, paid extra, priciest, regardless of price, deluxe
 alone | likes to do things alone | alone, by myself, on my own, solo, solitude, in peace, quiet corner, \
 nobody around, without company
 together | likes to do things with other people | together, with friend, group, invite, crowd, company of, \
@@ -443,7 +442,7 @@ fountain pen
 digital | prefers digital tools | app, spreadsheet app, tablet, online tool, cloud, software, \
 phone reminder, digital"""
 _rows = [line.split(" | ") for line in LEXICON.strip().split("\n")]
-# i ^ 1: its pair
+# name -> (its opposite, row i ^ 1; gloss; cues)
 POLES = {name: (_rows[i ^ 1][0], gloss, cues) for i, (name, gloss, cues) in enumerate(_rows)}
 DOMAINS = {
     "cooking": "cook dinner bake cake stew kitchen meal recipe lunch soup roast pasta",
@@ -485,9 +484,8 @@ SINGLE = {"residence", "employer", "occupation", "name", "age", "partner", "diet
 PROPER = {"residence", "employer", "partner", "name"}  # a capitalised name, if there is one, is the value
 IDENTITY = {"diet", "likes", "habit", "opinion"}
 RELATIVES = ("sister|brother|mother|mom|mum|father|dad|wife|husband|partner|girlfriend|boyfriend|son|"
-             "daughter|friend|"
-             "cousin|aunt|uncle|neighbour|neighbor|colleague|boss|roommate|grandmother|grandfather|best "
-             "friend")
+             "daughter|friend|cousin|aunt|uncle|neighbour|neighbor|colleague|boss|roommate|grandmother|"
+             "grandfather|best friend")
 _BE, _HAVE = "(?:am|is|are|was)", "(?:have|has|had)"
 FRAMES = [(a, p, re.compile(rf"^{pattern}[\s.!]*$", re.I)) for a, p, pattern in (
     # attribute, polarity, predicate after the subject; group v (or w) is the value
@@ -697,9 +695,8 @@ def write_claims(store, turn, claims):
             continue
         touched |= {prev, next_, node and node.id} - {None}
         if op == "CONFIRM":
-            before = store.beliefs.get(node.prev)
-            earlier = claim.t_event < node.t_event and (before is None or before.t_event <= claim.t_event)
-            moved = {"t_event": claim.t_event} if earlier else {}
+            after = store.beliefs[node.prev].t_event if node.prev else ""
+            moved = {"t_event": claim.t_event} if after <= claim.t_event < node.t_event else {}
             store.commit(op, [node.id], turn.id, source=source, **moved)
         else:
             old, text = store.beliefs.get(prev), claim.text
@@ -829,19 +826,12 @@ def collisions(schemas, store):
 
 
 def collision_groups(n, pairs):
-    """Union-find, then drop who collides with less than half of the group: unions are transitive."""
-    root = list(range(n))
-
-    def find(i):
-        while root[i] != i:
-            i = root[i]
-        return i
+    """Merge what is linked; drop who collides with less than half of the group: merging is transitive."""
+    group_of, linked = {i: [i] for i in range(n)}, {*pairs, *((j, i) for i, j in pairs)}
     for i, j in pairs:
-        root[max(find(i), find(j))] = min(find(i), find(j))
-    groups, linked = defaultdict(list), {*pairs, *((j, i) for i, j in pairs)}
-    for i in range(n):
-        groups[find(i)].append(i)
-    for group in groups.values():
+        merged = sorted({*group_of[i], *group_of[j]})
+        group_of.update((k, merged) for k in merged)
+    for group in {id(group): group for group in group_of.values()}.values():
         while len(group) > 1:
             degree = {i: sum((i, j) in linked for j in group) for i in group}
             worst = min(group, key=degree.get)
@@ -966,11 +956,7 @@ class Line:
         return count_tokens(str(self))
 
 
-@dataclass
-class Recall:
-    lines: list
-    text: str
-    ids: list
+Recall = namedtuple("Recall", "lines text ids")
 
 
 def rank_turns(store, question, now, k=100):
@@ -1048,7 +1034,7 @@ def visible_schemas(store, now):
 
 
 def chain_line(store, slot):
-    """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; suppressed nodes stay out."""
+    """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; no suppressed nodes."""
     chain, entries = [b for b in store.chain(slot) if b.status != "suppressed"], []
     for b in chain:
         text = b.text if b.link_kind == "refine" else b.value or "none"
@@ -1240,8 +1226,8 @@ class Memory:
         if id_ in store.hidden or getattr(node, "status", "") == "suppressed":
             return {"id": id_, "text": "(forgotten on request)", "because": []}
         if id_ in store.beliefs:
-            spans = [(turn, store.turns[turn], start, end) for turn, start, end, _ in node.sources]
-            below = [{"id": i, "t": t.t, "text": t.text[a:b], "because": []} for i, t, a, b in spans]
+            spans = [(store.turns[turn], start, end) for turn, start, end, _ in node.sources]
+            below = [{"id": t.id, "t": t.t, "text": t.text[a:b], "because": []} for t, a, b in spans]
         else:
             below = [self.why(i, user) for i in getattr(node, "members", getattr(node, "evidence", []))]
         return {"id": id_, "text": node.text, "because": below}
@@ -1252,10 +1238,10 @@ class Memory:
 
     def save(self, path):
         """The audit logs as JSON, written beside the target and moved over it: a crash spoils nothing."""
-        users = {user: [asdict(event) for event in store.log] for user, store in self.stores.items()}
+        users = {user: store.log for user, store in self.stores.items()}
         handle, name = tempfile.mkstemp(dir=Path(path).parent, prefix=Path(path).name)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": "dcpm-1", "users": users}, file, ensure_ascii=False)
+            json.dump({"format": "dcpm-1", "users": users}, file, ensure_ascii=False, default=vars)
         os.replace(name, path)
 
     @classmethod
@@ -1300,44 +1286,45 @@ def snapshot(store):
 def check_store(store):
     """The invariants of one store; those about schemas hold after each sleep."""
     bad, b = [], store.beliefs
+
+    def refuse(broken, sentence):
+        bad.extend([sentence] if broken else [])
     for n in b.values():
         p, after = b.get(n.prev), b.get(n.next)
-        if (p and p.next != n.id) or (after and after.prev != n.id) or n.id in (n.prev, n.next):
-            bad.append(f"links of {n.id} are not mutual")
-        if p and n.link_kind == "supersede" and (key(p.value), p.polarity) == (key(n.value), n.polarity):
-            bad.append(f"{n.id} supersedes an equal claim")
-        if p and p.t_event > n.t_event:
-            bad.append(f"{n.id} is older than its predecessor")
-        if (n.status == "active") != (n.next is None and n.status != "suppressed"):
-            bad.append(f"status of {n.id} is {n.status}")
+        refuse((p and p.next != n.id) or (after and after.prev != n.id) or n.id in (n.prev, n.next),
+               f"links of {n.id} are not mutual")
+        refuse(p and n.link_kind == "supersede" and (key(p.value), p.polarity) == (key(n.value), n.polarity),
+               f"{n.id} supersedes an equal claim")
+        refuse(p and p.t_event > n.t_event, f"{n.id} is older than its predecessor")
+        refuse((n.status == "active") != (n.next is None and n.status != "suppressed"),
+               f"status of {n.id} is {n.status}")
         spans = [(store.turns.get(turn), start, end) for turn, start, end, _ in n.sources]
-        if not spans or any(t is None or not 0 <= start < end <= len(t.text) for t, start, end in spans):
-            bad.append(f"{n.id} has no source, or one outside its turn")
+        refuse(not spans or any(t is None or not 0 <= start < end <= len(t.text) for t, start, end in spans),
+               f"{n.id} has no source, or one outside its turn")
     heads = Counter(n.slot for n in b.values() if n.next is None)
     for slot, count in Counter(n.slot for n in b.values()).items():
-        if heads[slot] != 1 or len(store.chain(slot)) != count or store.head(slot).next:
-            bad.append(f"{slot}: {heads[slot]} heads, {len(store.chain(slot))} of {count} nodes in reach")
+        refuse(heads[slot] != 1 or len(store.chain(slot)) != count or store.head(slot).next,
+               f"{slot}: {heads[slot]} heads, {len(store.chain(slot))} of {count} nodes in reach")
     if store.log and store.log[-1].op == "SLEEP":
         for node in [*store.schemas.values(), *store.cores.values(), *store.intentions.values()]:
-            if any(b[i].status == "suppressed" for i in node.evidence):
-                bad.append(f"{node.id} rests on something forgotten")
+            forgotten = any(b[i].status == "suppressed" for i in node.evidence)
+            refuse(forgotten, f"{node.id} rests on something forgotten")
         for s in (s for s in store.schemas.values() if s.status == "stable"):
             sessions = {store.turns[src[0]].session for i in s.live for src in b[i].sources}
-            if len({b[i].slot for i in s.live if holds(b[i])}) < 3 or len(sessions) < 2:
-                bad.append(f"schema {s.id} is stable on {len(s.live)} beliefs of {len(sessions)} sessions")
+            refuse(len({b[i].slot for i in s.live if holds(b[i])}) < 3 or len(sessions) < 2,
+                   f"schema {s.id} is stable on {len(s.live)} beliefs of {len(sessions)} sessions")
     for c in store.cores.values():
         members = [store.schemas[m] for m in c.members]
-        if c.status == "stable" and len({m.domain for m in members if m.status == "stable"}) < 2:
-            bad.append(f"core {c.id} does not rest on two domains")
-        if c.evidence != sorted({i for m in members for i in m.evidence}):
-            bad.append(f"evidence of core {c.id} is not the union of its members'")
-    if snapshot(replay(store.log, store.user)) != snapshot(store):
-        bad.append("replaying the log gives another store")
+        refuse(c.status == "stable" and len({m.domain for m in members if m.status == "stable"}) < 2,
+               f"core {c.id} does not rest on two domains")
+        refuse(c.evidence != sorted({i for m in members for i in m.evidence}),
+               f"evidence of core {c.id} is not the union of its members'")
+    again = replay(store.log, store.user)
+    refuse(snapshot(again) != snapshot(store), "replaying the log gives another store")
     return bad
 
 
-# ------------------------------------------------------------------ LLM backend: the same jobs by a chat
-# model
+# ------------------------------------------------------------------ LLM backend: the same jobs, a chat model
 STRICT = "You maintain the memory of an assistant. Reply with one JSON object and nothing else."
 EXTRACT = """Conversation date: {t}. Earlier messages, for reference only:
 {before}
@@ -1752,21 +1739,23 @@ CONDITIONS = {  # switches of recall
     "placebo": dict(separate=True)}
 
 
-def raw_lines(store, tfidf, matrix, question, budget):
-    """The baseline: TF-IDF over turns within the budget, best first; ties newest first, as in our reader."""
-    turns, out = list(store.turns.values()), []
-    scores = (matrix @ tfidf.transform([question]).T).toarray().ravel()
-    for t in (turns[i] for i in sorted(range(len(turns)), key=lambda i: (-scores[i], -i))):
-        out.append(Line(t.id, "raw", f"{t.t[:10]} {t.text}", t.t))
-        budget -= out[-1].cost
-        if budget < 0:
-            return out[:-1]
-    return out
+def tfidf_scorer(texts):
+    """The baseline that remembers nothing else: question -> a score for every text."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    tfidf = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), stop_words="english")
+    matrix = tfidf.fit_transform(texts)
+    return lambda question: (matrix @ tfidf.transform([question]).T).toarray().ravel()
 
 
-def contexts(store, fake, tfidf, matrix, question, now, budget):
+def contexts(store, fake, tfidf, question, now, budget):
     """{condition: lines} for one question."""
-    out = {"raw TF-IDF": raw_lines(store, tfidf, matrix, question, budget)}
+    turns, scores, raw, left = list(store.turns.values()), tfidf(question), [], budget
+    for t in (turns[i] for i in sorted(range(len(turns)), key=lambda i: (-scores[i], -i))):  # ties: newest
+        raw.append(Line(t.id, "raw", f"{t.t[:10]} {t.text}", t.t))
+        left -= raw[-1].cost
+        if left < 0:
+            break
+    out = {"raw TF-IDF": raw[:-1] if left < 0 else raw}
     for name, switches in list(CONDITIONS.items())[1:]:
         extra = sum(n.cost for n in out["System1+2"] if n.channel == "schema") if "more" in name else 0
         known = fake if "placebo" in name else store
@@ -1776,7 +1765,6 @@ def contexts(store, fake, tfidf, matrix, question, now, budget):
 
 def run_benchmark(bank, personas=60, budget=120, seed=0):
     """-> {condition: array (personas, kinds) of mean credit}, coverage of frames, coverage of lexicon."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from tqdm import tqdm
     table, claims = {name: np.zeros((personas, len(KINDS))) for name in CONDITIONS}, Counter()
     for p in tqdm(range(personas), desc="personas", leave=False, disable=None):
@@ -1787,11 +1775,9 @@ def run_benchmark(bank, personas=60, budget=120, seed=0):
         memory.sleep(now)
         claims += memory.claims
         fake = placebo(memory.store(), random.Random(f"placebo-{seed}-{p}"))
-        tfidf = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), stop_words="english")
-        matrix = tfidf.fit_transform([text for _, _, text in turns])
-        scores = defaultdict(list)
+        tfidf, scores = tfidf_scorer([text for _, _, text in turns]), defaultdict(list)
         for kind, question, options, right in questions:
-            for name, lines in contexts(memory.store(), fake, tfidf, matrix, question, now, budget).items():
+            for name, lines in contexts(memory.store(), fake, tfidf, question, now, budget).items():
                 scores[name, kind].append(credit(choose(question, lines, options), right))
         for (name, kind), values in scores.items():
             table[name][p, KINDS.index(kind)] = np.mean(values)
@@ -1960,15 +1946,16 @@ def load_corpus(path, format="", questions=""):
             if not Path(questions or guess).is_file():
                 raise DcpmError(f"PersonaMem needs --questions FILE.csv; there is no {questions or guess}")
             return list(load_personamem(path, questions or guess))
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rows = data if isinstance(data, list) else [data]
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = rows if isinstance(rows, list) else [rows]
         kinds = {"conversation": "locomo", "haystack_sessions": "longmemeval",
                  "related_conversation_snippet": "personamem"}
         kind = next((kind for column, kind in kinds.items() if column in rows[0]), "")
         if not kind or format not in ("", kind):
             raise DcpmError(f"--data {path}: not {format or 'a known format'}; it has {sorted(rows[0])[:8]}")
-        return list(load_locomo(rows) if kind == "locomo" else load_longmemeval(rows) if kind == "longmemeval"
-                    else load_personamem_v2(rows, path.parent))
+        if kind == "personamem":
+            return list(load_personamem_v2(rows, path.parent))
+        return list((load_locomo if kind == "locomo" else load_longmemeval)(rows))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
         raise DcpmError(f"--data {path}: bad record ({type(error).__name__}: {error})") from error
 
@@ -1982,29 +1969,17 @@ def ingest(sample, memory, first=0, last=None):
     return {ref: i for (ref, *_), i in zip(sample.turns, memory.store().turns)}
 
 
-def baselines(texts):
-    """Rankers over raw turns that remember nothing else: question -> indices, best first."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    tfidf, bm25 = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), stop_words="english"), Index()
-    matrix = tfidf.fit_transform(texts)
-    for i, text in enumerate(texts):
-        bm25.add(i, re.findall(r"\w+", text.lower()))
-
-    def by_tfidf(question):
-        return np.argsort(-(matrix @ tfidf.transform([question]).T).toarray().ravel(), kind="stable")
-
-    def by_bm25(question):
-        return np.argsort(-bm25.scores(Counter(re.findall(r"\w+", question.lower()))), kind="stable")
-    return {"TF-IDF": by_tfidf, "BM25": by_bm25}
-
-
 def evidence_recall(sample, memory, ids):
     """{(category, ranker): [recall@5, @10, @20 per question]}, without questions that mark no evidence."""
     refs, back, out = [ref for ref, *_ in sample.turns], {i: ref for ref, i in ids.items()}, defaultdict(list)
+    texts, bm25 = [text for *_, text, _ in sample.turns], Index()
     asked = [(q, q.gold & set(ids)) for q in sample.questions if q.gold & set(ids)]
-    rankers = baselines([text for *_, text, _ in sample.turns]) if asked else {}
+    tfidf = tfidf_scorer(texts) if asked else None
+    for i, text in enumerate(texts):
+        bm25.add(i, re.findall(r"\w+", text.lower()))  # the plain one: whole words, no memory
     for q, gold in asked:
-        order = {name: [refs[i] for i in rank(q.text)] for name, rank in rankers.items()}
+        scores = {"TF-IDF": tfidf(q.text), "BM25": bm25.scores(Counter(re.findall(r"\w+", q.text.lower())))}
+        order = {name: [refs[i] for i in np.argsort(-x, kind="stable")] for name, x in scores.items()}
         order["DCPM"] = [back[i] for _, i in rank_turns(memory.store(), q.text, q.now)]
         for name, found in order.items():
             out[q.category, name].append([len(gold & set(found[:k])) / len(gold) for k in (5, 10, 20)])
@@ -2045,24 +2020,18 @@ def evaluate_corpus(args, backend):
         if args.sessions:
             keep = list(dict.fromkeys(session for _, session, *_ in sample.turns))[:args.sessions]
             sample.turns = [t for t in sample.turns if t[1] in keep]
-        memory, done = Memory(backend), 0
-        for question in sorted(sample.questions, key=lambda q: q.end or len(sample.turns)):
-            if left <= 0:
-                break
-            end = min(question.end or len(sample.turns), len(sample.turns))  # never a turn beyond its end
+        memory, n, done = Memory(backend), len(sample.turns), 0
+        for q in sorted(sample.questions, key=lambda q: q.end or n)[:left]:
+            end = min(q.end or n, n)  # never a turn beyond its end
             ingest(sample, memory, done, end)
             done, left = end, left - 1
-            text = "\n".join([question.text,
-                              *question.options] + ["End with the letter."] * bool(question.options))
-            reply, _ = memory.answer(text, question.now)
-            scores[question.category].append(score_answer(reply, question))
-        ids = ingest(sample, memory, done)
-        for where, values in evidence_recall(sample, memory, ids).items():
+            options = [*q.options, "End with the letter."] if q.options else []
+            scores[q.category].append(score_answer(memory.answer("\n".join([q.text, *options]), q.now)[0], q))
+        for where, values in evidence_recall(sample, memory, ingest(sample, memory, done)).items():
             found[where] += values
         claims += memory.claims
         store = memory.store()
-        print(f"{sample.name}: {len(store.turns)} turns, {len(store.beliefs)} beliefs, {len(store.heads)} "
-              f"chains")
+        print(f"{sample.name}: {n} turns, {len(store.beliefs)} beliefs, {len(store.heads)} chains")
     print(f"{claims[True]} of {claims.total()} claims have a slot, the others were kept as free facts")
     print_evidence(found)
     if backend:
@@ -2087,20 +2056,18 @@ def print_evidence(found):
 
 
 # ------------------------------------------------------------------ the command
-STORY = (
-    ("2024-01-08", "I live in Paris. I work at Acme. My sister moved to Oslo."),
-    ("2024-01-20", "I wrote a checklist for the dinner. I like coffee."),
-    ("2024-02-03", "I drew up an itinerary for the flight. I run alone."),
-    ("2024-02-17", "I prepared the report weeks ahead. I mapped out the cake step by step."),
-    ("2024-03-02", "I moved to Berlin because Acme closed its Paris office. I went to the gym by myself."),
-    ("2024-03-16", "I booked the hotel in advance. I borrowed a guitar. I made an agenda for the meeting. "
-                   "I have migraines."),
-    ("2024-03-30", "I had a list for the stew. I did the race solo. I still live in Berlin."),
-    ("2024-04-13", "Back in 2021 I lived in Rome. I had a schedule for the train journey. Maybe I'll move to "
-                   "Lima."),
-    ("2024-04-27", "I made a timetable for the project. I gave up coffee. I'm flying to Rome on 10 June."),
-    ("2024-05-11", "I got a concert ticket on sale. I haggled over a piano. Please forget that I have "
-                   "migraines."))
+STORY = """
+2024-01-08|I live in Paris. I work at Acme. My sister moved to Oslo.
+2024-01-20|I wrote a checklist for the dinner. I like coffee.
+2024-02-03|I drew up an itinerary for the flight. I run alone.
+2024-02-17|I prepared the report weeks ahead. I mapped out the cake step by step.
+2024-03-02|I moved to Berlin because Acme closed its Paris office. I went to the gym by myself.
+2024-03-16|I booked the hotel in advance. I borrowed a guitar. I made an agenda for the meeting. I have \
+migraines.
+2024-03-30|I had a list for the stew. I did the race solo. I still live in Berlin.
+2024-04-13|Back in 2021 I lived in Rome. I had a schedule for the train journey. Maybe I'll move to Lima.
+2024-04-27|I made a timetable for the project. I gave up coffee. I'm flying to Rome on 10 June.
+2024-05-11|I got a concert ticket on sale. I haggled over a piano. Please forget that I have migraines."""
 
 
 def tell_story():
@@ -2108,30 +2075,29 @@ def tell_story():
     memory = Memory()
     store = memory.store()
     print("1. By day every message is kept verbatim, read, and reconciled with what is already believed.\n")
-    for day, text in STORY:
-        print(f'   {day}  "{text}"')
-        print(" " * 15 + ", ".join(f"{op} {id_}" for op, id_ in memory.observe(text, day, session=day)))
+    for day, text in (line.split("|") for line in STORY.strip().split("\n")):
+        ops = ", ".join(f"{op} {id_}" for op, id_ in memory.observe(text, day, session=day))
+        print(f'   {day}  "{text}"\n{" " * 15}{ops}')
     print("\n2. A revised belief is a chain, not an overwritten row; Rome, told last, was spliced in:\n")
     print(f"   {chain_line(store, ('user', 'residence', None)).text}\n")
     memory.sleep("2024-05-12")
     for question in ("Where do I live?", "Where did I live before Berlin?", "Why do I live in Berlin?",
-                     "Do I like coffee?",
-                     "Where does my sister live?", "What is coming up?", "Do I have migraines?"):
+                     "Do I like coffee?", "Where does my sister live?", "What is coming up?",
+                     "Do I have migraines?"):
         text, ids = memory.answer(question, "2024-05-12")
         print(f"   {question:33} {text}   {', '.join(ids)}")
     print("\n3. By night habits inside a domain become schemas, habits alike across domains a core schema.\n")
     for node in [*store.schemas.values(), *store.cores.values()]:
-        print(f"   [{node.id}] {node.text} ({node.status}, {node.confidence:.2f}, {len(node.evidence)} "
-              f"beliefs)")
+        known = f"{node.status}, {node.confidence:.2f}, {len(node.evidence)} beliefs"
+        print(f"   [{node.id}] {node.text} ({known})")
     question = "How should I get ready for my first aquarium?"
     print(f"\n4. The context for a question about a domain that never came up: {question}\n")
     for line in memory.recall(question, "2024-05-12", 50, separate=True).lines:
         print(f"   {line}")
     core = next(iter(store.cores))
     print(f"\n5. Why does it believe that? why({core!r}), down to the words that were said:\n")
-    tree = memory.why(core)
-    print(f"   {tree['text']}")
-    for schema in tree["because"]:
+    print(f"   {store.cores[core].text}")
+    for schema in memory.why(core)["because"]:
         print(f"     because [{schema['id']}] {schema['text']}")
         for belief in schema["because"][:2]:
             for source in belief["because"]:
@@ -2146,19 +2112,20 @@ def lexicon_hash():
 
 def log_heldout(facts, table, path):
     """Append date, commit, hashes and figures to a log outside the repository; old results stay."""
-    git = ["git", "describe", "--always", "--dirty"]
     try:
-        commit = subprocess.run(git, cwd=path.parent, capture_output=True, text=True).stdout.strip()
+        describe = "git describe --always --dirty".split()
+        commit = subprocess.run(describe, cwd=path.parent, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = "no git"
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "four-papers"
-    folder.mkdir(parents=True, exist_ok=True)
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    log = state / "four-papers" / "dcpm_heldout.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
     entry = {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit, "lexicon": lexicon_hash(),
              "bank": digest(path.read_text(encoding="utf-8")), "facts": facts,
              "accuracy": {c: np.round(100 * v.mean(0), 1).tolist() for c, v in table.items()}}
-    with open(folder / "dcpm_heldout.jsonl", "a", encoding="utf-8") as file:
+    with open(log, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
-    print(f"\nlogged in {folder / 'dcpm_heldout.jsonl'}")
+    print(f"\nlogged in {log}")
 
 
 def benchmark(args):
@@ -2166,11 +2133,11 @@ def benchmark(args):
     if args.heldout:
         banks = {"held-out": json.loads(path.read_text(encoding="utf-8"))}
     print(f"The miniature benchmark. Lexicon and frames {lexicon_hash()}; collision: behaviour >= "
-          f"{BEHAVIOUR_ALIKE},"
-          f" content < {CONTENT_UNLIKE};\n± is half a 95 % bootstrap interval over personas.")
+          f"{BEHAVIOUR_ALIKE}, content < {CONTENT_UNLIKE};"
+          "\n± is half a 95 % bootstrap interval over personas.")
     for name, bank in banks.items():
-        table, frames, lexicon = run_benchmark(bank, args.personas, args.budget, args.seed)
-        facts = print_benchmark(name, table, frames, lexicon, args.budget)
+        table, *coverage = run_benchmark(bank, args.personas, args.budget, args.seed)
+        facts = print_benchmark(name, table, *coverage, args.budget)
         if args.heldout:
             log_heldout(facts, table, path)
 
