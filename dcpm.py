@@ -695,8 +695,8 @@ def write_claims(store, turn, claims):
             continue
         touched |= {prev, next_, node and node.id} - {None}
         if op == "CONFIRM":
-            after = store.beliefs[node.prev].t_event if node.prev else ""
-            moved = {"t_event": claim.t_event} if after <= claim.t_event < node.t_event else {}
+            earliest = store.beliefs[node.prev].t_event if node.prev else ""
+            moved = {"t_event": claim.t_event} if earliest <= claim.t_event < node.t_event else {}
             store.commit(op, [node.id], turn.id, source=source, **moved)
         else:
             old, text = store.beliefs.get(prev), claim.text
@@ -808,8 +808,8 @@ def collisions(schemas, store):
     cues = {w for cue, _ in CUES for w in cue.split()}
 
     def content_words(schema):  # what is left without the behaviour words
-        said = (w for i in schema.live for w in words(store.beliefs[i].text))
-        return [w for w in said if w not in cues] or [schema.domain]
+        said = [w for i in schema.live for w in words(store.beliefs[i].text) if w not in cues]
+        return said or [schema.domain]
     content = TfidfVectorizer(analyzer=content_words).fit_transform(schemas)
     behaviour = DictVectorizer().fit_transform([s.vector for s in schemas])
     near = NearestNeighbors(n_neighbors=min(30, len(schemas)), metric="cosine").fit(behaviour)
@@ -845,11 +845,11 @@ def refresh_core(core, schemas):
     """Evidence = union of the members'; confidence = the weaker of the two best members' domains."""
     core.members = sorted(set(core.members))
     core.evidence = sorted({i for m in core.members for i in schemas[m].evidence})
-    best = {}
-    for m in (schemas[m] for m in core.members if schemas[m].status == "stable"):
-        best[m.domain] = max(best.get(m.domain, 0), m.confidence)
-    core.status = "stable" if len(best) >= 2 else "dormant"
-    core.confidence = sorted(best.values())[-2] if len(best) >= 2 else 0.0
+    stable = (schemas[m] for m in core.members if schemas[m].status == "stable")
+    # Ascending, so that of the members of one domain the best one counts.
+    best = dict(sorted(((s.domain, s.confidence) for s in stable), key=lambda pair: pair[1]))
+    known = len(best) >= 2
+    core.status, core.confidence = ("stable", sorted(best.values())[-2]) if known else ("dormant", 0.0)
     if any(schemas[m].text == WITHDRAWN for m in core.members):
         core.text, core.status = WITHDRAWN, "dormant"
 
@@ -1434,11 +1434,9 @@ class LLM:
         when, until = (str(c.get(k) or "")[:10] for k in ("when", "until"))
         past = re.fullmatch(r"\d{4}-\d\d-\d\d", when) and date.fromisoformat(when).isoformat() < turn.t[:10]
         span = (at, at + len(quote)) if at >= 0 else (0, len(turn.text))
-        return Claim(attribute=c["attribute"] if c["attribute"] in ATTRIBUTES else "event", value=value,
-                     text=str(c["text"])[:500], span=span, polarity=polarity,
-                     subject=str(c.get("subject") or turn.speaker),
-                     layer="identity" if c.get("layer") == "identity" else "fact",
-                     t_event=when if past else turn.t,
+        return Claim(c["attribute"] if c["attribute"] in ATTRIBUTES else "event", value, str(c["text"])[:500],
+                     span, str(c.get("subject") or turn.speaker), polarity,
+                     "identity" if c.get("layer") == "identity" else "fact", when if past else turn.t,
                      until=date.fromisoformat(until).isoformat() if until else "")
 
     def reconcile(self, store, claims):
@@ -1495,9 +1493,9 @@ class LLM:
                 prompt = INDUCE.format(facts=facts, schemas=known)
                 for s in self.ask("induce", prompt, check) or []:
                     label = sorted(set(words(s["behaviour"])))
-                    found.append((subject, str(s["domain"]).lower(), str(s["behaviour"]).lower(),
-                                  str(s["text"])[:300], {w: round(1 / len(label), 4) for w in label},
-                                  s["evidence"]))
+                    vector, text = {w: round(1 / len(label), 4) for w in label}, str(s["text"])[:300]
+                    names = str(s["domain"]).lower(), str(s["behaviour"]).lower()
+                    found.append((subject, *names, text, vector, s["evidence"]))
         return found
 
     def name_core(self, members):
@@ -1611,11 +1609,9 @@ def make_persona(seed, bank):
         said[rng.choice(sessions)].append(f"I {rng.choice(against).format(place)}.")  # nobody is consistent
         said[rng.choice(sessions)].append(f"My neighbour {rng.choice(against).format(place)}.")
     cities, firms, names = rng.sample(CITIES, 6), rng.sample(FIRMS, 4), rng.sample(NAMES, 9)
-    moves, jobs = bank["move"].split("|"), bank["job"].split("|")
-    for n, text, city in zip((1, 7, 13), moves, cities[1:4]):
-        said[n].append(text.format(city))
-    for n, text, firm in zip((2, 8, 15), jobs, firms):
-        said[n].append(text.format(firm))
+    moves, jobs = bank["move"].split("|"), bank["job"].split("|")  # three of each
+    for n, text, place in zip((1, 7, 13, 2, 8, 15), moves + jobs, cities[1:4] + firms[:3]):
+        said[n].append(text.format(place))
     said[9].append(bank["late"].format(2021, cities[0]))
     said[rng.choice((14, 16))].append(bank["other"].format(cities[4]))
     for n, city in ((5, cities[5]), (11, cities[5]), (18, cities[1]), (19, cities[5])):
@@ -2045,14 +2041,13 @@ def evaluate_corpus(args, backend):
 def print_evidence(found):
     if not found:
         return print("this corpus marks no evidence turns: there is no recall to measure")
-    print(f"\nevidence recall @5 / @10 / @20{'':20}{'TF-IDF':^22}{'BM25':^22}{'DCPM':^22}")
+    rankers = "TF-IDF", "BM25", "DCPM"
+    print(f"\nevidence recall @5 / @10 / @20{'':20}" + "".join(f"{ranker:^22}" for ranker in rankers))
     for category in [*dict.fromkeys(c for c, _ in found), "all questions"]:
-        line, n = "", 0
-        for ranker in ("TF-IDF", "BM25", "DCPM"):
-            rows = [v for (c, r), values in found.items() if r == ranker and category in (c, "all questions")
-                    for v in values]
-            line, n = line + "  {:.3f} {:.3f} {:.3f} ".format(*np.mean(rows, 0)), len(rows)
-        print(f"  {category:34} {n:4} questions {line}")
+        rows = [[v for (c, r), values in found.items() if r == ranker and category in (c, "all questions")
+                 for v in values] for ranker in rankers]
+        line = "".join("  {:.3f} {:.3f} {:.3f} ".format(*np.mean(values, 0)) for values in rows)
+        print(f"  {category:34} {len(rows[0]):4} questions {line}")
 
 
 # ------------------------------------------------------------------ the command
