@@ -402,6 +402,10 @@ class Store:
     def head(self, slot):
         return self.beliefs.get(self.heads.get(tuple(slot)))
 
+    def visible(self, slot):
+        """The chain without what was asked to be forgotten."""
+        return [b for b in self.chain(slot) if b.status != "suppressed"]
+
 
 # ------------------------------------------------------------------ behaviour lexicon and domains
 # Two entries are a pair of opposite poles: name | gloss | cues. Lexicon, domains and frames were fixed before
@@ -1035,7 +1039,7 @@ def visible_schemas(store, now):
 
 def chain_line(store, slot):
     """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; no suppressed nodes."""
-    chain, entries = [b for b in store.chain(slot) if b.status != "suppressed"], []
+    chain, entries = store.visible(slot), []
     for b in chain:
         text = b.text if b.link_kind == "refine" else b.value or "none"
         text = f"no longer {text}" if b.polarity < 1 and b.value else text
@@ -1116,8 +1120,7 @@ def assemble(store, wanted, question, now, budget, separate):
 
 def as_of(store, slot, t):
     """What held on day `t`: the last node whose event time is not after it. None before the first."""
-    known = [b for b in store.chain(slot) if b.t_event[:10] <= t[:10] and b.status != "suppressed"]
-    return known[-1] if known else None
+    return next((b for b in store.visible(slot)[::-1] if b.t_event[:10] <= t[:10]), None)
 
 
 def answer_rules(store, question, now):
@@ -1131,7 +1134,7 @@ def answer_rules(store, question, now):
     slots += [b.slot for b in top_beliefs(store, question, 20) if set(words(b.value)) & q
               and b.slot[2] and b.slot[1] not in ("event", "maybe", "plan")]
     for slot in slots:
-        if chain := [b for b in store.chain(slot) if b.status != "suppressed"]:
+        if chain := store.visible(slot):
             return answer_from_chain(store, slot, chain, question, now)
     best = max(lines, key=lambda n: len(q & set(words(n.text))), default=None)
     return (best.text, [best.id]) if best and q & set(words(best.text)) else ("I don't know.", [])
@@ -1666,9 +1669,8 @@ def implicit_questions(rng, phrases, scenes, poles, home, unseen):
     out = []
     for pole in poles:
         others = [opposite(p) for p in poles if p != pole]
-        asked = [("implicit seen", rng.choice(home[pole]))]
-        asked += [("implicit unseen", domain) for domain in rng.sample(unseen, 2)]
-        for kind, domain in asked:
+        asked = [rng.choice(home[pole]), *rng.sample(unseen, 2)]
+        for kind, domain in zip(("implicit seen", "implicit unseen", "implicit unseen"), asked):
             scene, wrong = scenes[domain][3], [opposite(pole), *rng.sample(others, 2)]
             options = [phrases[p][3].format(scene) for p in (pole, *wrong)]
             text = f"Which would suit me best for {scene}?"
@@ -1851,7 +1853,7 @@ def stamp(text):
     return f"{year}-{int(month):02d}-{int(day):02d}T{int(hour):02d}:{minute}"
 
 
-def load_locomo(rows):
+def load_locomo(rows, _):
     """Known malformations: dates without turns, answers missing or integer, evidence "D8:6; D9:17" or "D"."""
     for item in rows:
         turns, questions, talk = [], [], item["conversation"]
@@ -1869,7 +1871,7 @@ def load_locomo(rows):
         yield Sample(item["sample_id"], turns, questions)
 
 
-def load_longmemeval(rows):
+def load_longmemeval(rows, _):
     """One haystack a question; sessions are put in order of their dates (the oracle file is not)."""
     for item in rows:
         turns, gold = [], set()
@@ -1905,13 +1907,10 @@ def load_personamem(path, questions_path):
                 day = (date(2024, 1, 1) + timedelta(30 * session)).isoformat()  # the corpus has no dates
                 turns.append((str(len(turns)), f"block {session}", message["role"], text, day))
             upto.append(len(turns))
-        questions = []
-        for r in rows[name]:
-            end = upto[min(int(r["end_index_in_shared_context"]), len(messages))]
-            questions.append(Question(r["user_question_or_message"], r["question_type"], set(),
-                                      r["correct_answer"].strip("() "), turns[-1][4],
-                                      ast.literal_eval(r["all_options"]), end))
-        yield Sample(name[:8], turns, questions)
+        yield Sample(name[:8], turns, [Question(
+            r["user_question_or_message"], r["question_type"], set(), r["correct_answer"].strip("() "),
+            turns[-1][4], ast.literal_eval(r["all_options"]),
+            upto[min(int(r["end_index_in_shared_context"]), len(messages))]) for r in rows[name]])
 
 
 def load_personamem_v2(rows, folder):
@@ -1944,14 +1943,12 @@ def load_corpus(path, format="", questions=""):
             return list(load_personamem(path, questions or guess))
         rows = json.loads(path.read_text(encoding="utf-8"))
         rows = rows if isinstance(rows, list) else [rows]
-        kinds = {"conversation": "locomo", "haystack_sessions": "longmemeval",
-                 "related_conversation_snippet": "personamem"}
-        kind = next((kind for column, kind in kinds.items() if column in rows[0]), "")
-        if not kind or format not in ("", kind):
-            raise DcpmError(f"--data {path}: not {format or 'a known format'}; it has {sorted(rows[0])[:8]}")
-        if kind == "personamem":
-            return list(load_personamem_v2(rows, path.parent))
-        return list((load_locomo if kind == "locomo" else load_longmemeval)(rows))
+        for column, kind, load in (("conversation", "locomo", load_locomo),
+                                   ("haystack_sessions", "longmemeval", load_longmemeval),
+                                   ("related_conversation_snippet", "personamem", load_personamem_v2)):
+            if column in rows[0] and format in ("", kind):
+                return list(load(rows, path.parent))
+        raise DcpmError(f"--data {path}: not {format or 'a known format'}; it has {sorted(rows[0])[:8]}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
         raise DcpmError(f"--data {path}: bad record ({type(error).__name__}: {error})") from error
 
@@ -2013,9 +2010,8 @@ def evaluate_corpus(args, backend):
         raise DcpmError(f"--sample {args.sample}: {args.data} has no such sample")
     found, scores, claims, left = defaultdict(list), defaultdict(list), Counter(), args.ask if backend else 0
     for sample in samples:
-        if args.sessions:
-            keep = list(dict.fromkeys(session for _, session, *_ in sample.turns))[:args.sessions]
-            sample.turns = [t for t in sample.turns if t[1] in keep]
+        keep = list(dict.fromkeys(session for _, session, *_ in sample.turns))[:args.sessions or None]
+        sample.turns = [t for t in sample.turns if t[1] in keep]
         memory, n, done = Memory(backend), len(sample.turns), 0
         for q in sorted(sample.questions, key=lambda q: q.end or n)[:left]:
             end = min(q.end or n, n)  # never a turn beyond its end
@@ -2124,9 +2120,8 @@ def log_heldout(facts, table, path):
 
 
 def benchmark(args):
-    banks, path = BANKS, Path(__file__).resolve().parent / "tests" / "dcpm_heldout_bank.json"
-    if args.heldout:
-        banks = {"held-out": json.loads(path.read_text(encoding="utf-8"))}
+    path = Path(__file__).resolve().parent / "tests" / "dcpm_heldout_bank.json"
+    banks = {"held-out": json.loads(path.read_text(encoding="utf-8"))} if args.heldout else BANKS
     print(f"The miniature benchmark. Lexicon and frames {lexicon_hash()}; collision: behaviour >= "
           f"{BEHAVIOUR_ALIKE}, content < {CONTENT_UNLIKE};"
           "\n± is half a 95 % bootstrap interval over personas.")
