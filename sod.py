@@ -37,6 +37,7 @@ premise, put there by hand. --timeout_rate 0 and --teacher_knows_timeouts take i
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 import random
@@ -250,7 +251,8 @@ def load_teacher(config, tok, device):
     teacher = common.tiny_model(tok, seed=2, hidden_size=96)
     common.fit_tiny("the teacher", teacher, docs, steps=500, seed=2, fresh=config.fresh)
     weights = b"".join(p.detach().numpy().tobytes() for p in teacher.parameters())
-    key = ["grpo", hashlib.sha256(weights).hexdigest(), rate]
+    # The source of `improve` is in the key: a reader who edits it must get a new teacher, not the old one.
+    key = ["grpo", hashlib.sha256(weights).hexdigest(), rate, inspect.getsource(improve)]
     common.cached(teacher, key, lambda: improve(teacher, tok, rate), config.fresh)
     return teacher.to(device).requires_grad_(False)
 
