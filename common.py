@@ -1192,19 +1192,24 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float,
              api_key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 4, workers: int = 8,
              sleep: Callable = time.sleep) -> Callable:
     """`chat_backend` for a server, `workers` requests at once; 429, 5xx and lost connections are retried."""
-    from huggingface_hub import InferenceClient
+    from huggingface_hub import InferenceClient, constants
+    if constants.HF_HUB_OFFLINE:
+        fail(f"huggingface_hub talks to no server, not even {url}, while HF_HUB_OFFLINE is set; unset it")
     # The key is explicit: without one the client would send this machine's Hugging Face token to the URL.
     client = InferenceClient(base_url=url, api_key=os.environ.get(api_key_env) or "EMPTY", timeout=timeout)
     extra = {"response_format": {"type": "json_object"}} if json_object else {}
+    reached = False  # has the server ever said anything?
 
     def ask(messages, sampling):
+        nonlocal reached
         for attempt in range(retries + 1):
             try:
                 answer = client.chat_completion(messages, model=model_name or "default", **sampling, **extra)
-                choice = answer.choices[0]
+                reached, choice = True, answer.choices[0]
                 return None if choice.finish_reason == "length" else choice.message.content or None
             except Exception as error:  # the error classes differ between versions, this attribute does not
                 code = getattr(getattr(error, "response", None), "status_code", None)
+                reached, reason = reached or code is not None, type(error).__name__
                 if code in (401, 403, 404):
                     fail(f"{url} answered {code}; "
                          f"check the address, the model name '{model_name}' and ${api_key_env}")
@@ -1212,6 +1217,8 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float,
                     return None  # this conversation was refused; asking again would not help
                 if attempt < retries:
                     sleep(min(2.0 ** attempt, 30.0))
+        if not reached:  # else a wrong address would be waited for again in every call
+            fail(f"{url} gives no answer ({reason}); start the server, or check the address")
         return None
 
     def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):

@@ -12,9 +12,13 @@ What the method is:
 5. Reading asks no model: word statistics plus following links, within a token budget, an id on every line;
    `why(id)` walks from a core schema down to the words that were said.
 
-Paper -> code: 2.1 capability order -> the records; 2.2 daytime writer -> extract_rules, decide, write_claims;
-2.3 nighttime sweeper -> two_stage_dbscan, induce_rules, collisions, plan_sleep; 2.4 read path -> recall,
-rank_turns; 3 experiments -> run_benchmark (a miniature of our own) and evaluate_corpus (real corpora).
+How to read this file: part 1 is the method, the rest its surroundings; each part can be read without the next.
+
+  1. the method      2.1 capability order -> the records and their store; 2.2 daytime writer -> decide,
+                     write_claims; 2.3 nighttime sweeper -> two_stage_dbscan, induce_rules, collisions,
+                     plan_sleep; 2.4 read path -> recall, rank_turns; all of it behind the facade `Memory`
+  2. language        the two backends that read and phrase: rules (dates, lexicon, frames) and a chat model
+  3. experiments     section 3 of the paper: a miniature benchmark of our own, and loaders of real corpora
 
   paper (partly as its authors' code has it)      our default
   a language model extracts and reconciles        rules; --backend llm proposes, the same table decides
@@ -47,119 +51,11 @@ from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-# ------------------------------------------------------------------ words, tokens, dates
-STOP = frozenset("""
-    a an the and or but if so of in on at to for from by with as is am are was were be been being do does
-    did done has had will would can could should i me my mine myself you your we our us he him his she her
-    it its they them their this that these those there here what which who whom when where why how not no
-    yes too very just also still now again really quite lot then than about into out up down over all any
-    some more most other own same s t re ve ll d m currently recently always usually often actually
-    finally since because""".split())
-MONTHS = {m: i for i, m in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
-WEEKDAYS = {d: i for i, d in enumerate("monday tuesday wednesday thursday friday saturday sunday".split())}
-NUMBERS = {n: i for i, n in enumerate("zero one two three four five six seven eight nine ten".split())}
-NUMBERS |= {"a": 1, "an": 1, "a few": 3, "a couple of": 2}
-_MONTH = (r"(?:january|february|march|april|may|june|july|august|september|october|november|december"
-          r"|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)\b\.?")
-DATE = re.compile(rf"""\b(?:(?P<iso>\d{{4}}-\d\d-\d\d)
-    |(?P<d1>\d{{1,2}})(?:st|nd|rd|th)?\ (?:of\ )?(?P<m1>{_MONTH})(?:,?\ (?P<y1>\d{{4}}))?
-    |(?P<m2>{_MONTH})\ (?P<d2>\d{{1,2}})(?:st|nd|rd|th)?\b(?:,?\ (?P<y2>\d{{4}}))?
-    |(?:in\ |since\ |last\ )?(?P<m3>{_MONTH}),?\ (?P<y3>\d{{4}})
-    |(?:in|since|last|next)\ (?P<m4>{_MONTH})|(?:back\ )?(?:in|since|of)\ (?P<y4>(?:19|20)\d\d)
-    |(?P<day>today|tonight|tomorrow|yesterday)
-    |(?P<ago>\d+|a\ few|a\ couple\ of|an?|one|two|three|four|five|six|seven|eight|nine|ten)
-    \ (?P<unit>day|week|month|year)s?\ ago
-    |(?P<rel>last|next|this)\ (?P<what>week|weekend|month|year|{'|'.join(WEEKDAYS)}))\b""", re.I | re.X)
-
-
-@functools.lru_cache(maxsize=100_000)
-def stem(word):
-    """A crude suffix stripper: walks, walked, walking -> walk. Wrong at times, but for all texts alike."""
-    for suffix in ("'s", "ings", "ing", "ies", "ied", "ed", "es", "ly", "s"):
-        if word.endswith(suffix) and len(word) - len(suffix) >= 3 and not word.endswith("ss"):
-            word = word[:-len(suffix)] + ("y" if suffix in ("ies", "ied") else "")
-            break
-    if len(word) > 3 and word[-1] == word[-2] and word[-1] in "bdgmnprt":  # running -> runn -> run
-        word = word[:-1]
-    return word[:-1] if len(word) > 3 and word.endswith("e") else word
-
-
-def words(text):
-    """Stemmed content words of a text, in order."""
-    found = re.findall(r"[a-z0-9]+(?:'s)?", text.lower().replace("’", "'"))
-    return [stem(w) for w in found if w not in STOP]
-
-
-def key(text):
-    """Two values are the same iff their keys are equal: case, articles, endings, dates do not count."""
-    return " ".join(words(DATE.sub(" ", text)))
-
-
-def count_tokens(text):
-    """The counter behind every budget: one per word, number or punctuation mark."""
-    return len(re.findall(r"\w+|[^\w\s]", text))
-
-
-def digest(*parts):
-    """Eight hex digits, the same on every machine (`hash()` of a string is not)."""
-    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:8]
-
-
-def date_window(text, today):
-    """First time expression of `text` -> (first day, last day) as ISO strings, or None.
-
-    `today` is the date of the *conversation*: against the wall clock old dialogues silently rot.
-    """
-    match = DATE.search(text)
-    if not match:
-        return None
-    g, now = match.groupdict(), date.fromisoformat(today[:10])
-    form = next((n for n in "1234" if g.get("m" + n) or g.get("y" + n)), None)
-    try:
-        if g["iso"]:
-            start = end = date.fromisoformat(g["iso"])
-        elif form:
-            month, day, year = (g.get(k + form) for k in "mdy")
-            month, day = MONTHS[month[:3].lower()] if month else 1, day and int(day)
-            nearest = min((now.year - 1, now.year, now.year + 1),  # no year said: the nearest such month
-                          key=lambda y: abs((date(y, month, 15) - now).days))
-            start = date(int(year or nearest), month, day or 1)
-            following = start.replace(day=1) + timedelta(31)
-            end = (start if day else following.replace(day=1) - timedelta(1) if g.get("m" + form)
-                   else start.replace(month=12, day=31))
-        elif g["day"]:
-            start = end = now + timedelta({"yesterday": -1, "tomorrow": 1}.get(g["day"].lower(), 0))
-        elif g["ago"]:
-            n = NUMBERS.get(g["ago"].lower()) or int(g["ago"])
-            days = {"day": 1, "week": 7, "month": 30, "year": 365}[g["unit"].lower()]
-            start = end = now - timedelta(n * days)
-        else:
-            step = {"last": -1, "this": 0, "next": 1}[g["rel"].lower()]
-            start, end = _relative(step, g["what"].lower(), now)
-    except (ValueError, OverflowError):  # 31 June, a million years ago: not a date after all
-        return None
-    return start.isoformat(), end.isoformat()
-
-
-def _relative(step, what, now):
-    """last (-1), this (0), next (1) week, weekend, month, year or weekday -> first and last day."""
-    monday = now - timedelta(now.weekday())
-    if what == "year":
-        return date(now.year + step, 1, 1), date(now.year + step, 12, 31)
-    if what == "month":
-        first = (now.replace(day=15) + timedelta(30 * step)).replace(day=1)
-        return first, (first + timedelta(31)).replace(day=1) - timedelta(1)
-    if what in WEEKDAYS:
-        gap = (WEEKDAYS[what] - now.weekday()) % 7
-        day = now + timedelta(gap if step == 0 else gap - 7 if step < 0 else gap or 7)
-        return day, day
-    monday += timedelta(7 * step)
-    return monday + timedelta(5 if what == "weekend" else 0), monday + timedelta(6)
-
-
+# ================================================================== PART 1: THE METHOD
 # ------------------------------------------------------------------ records
 @dataclass
 class Turn:
@@ -407,6 +303,795 @@ class Store:
         return [b for b in self.chain(slot) if b.status != "suppressed"]
 
 
+# ------------------------------------------------------------------ System1: inside every write
+def slot_of(store, claim):
+    """The dimension a claim speaks about: single-valued attributes have one chain, others one per value."""
+    attribute, value = claim.attribute, " ".join(sorted(set(words(DATE.sub(" ", claim.value)))))
+    if claim.slot:
+        return claim.slot
+    if attribute == "?":  # "gave up coffee": whichever live chain is about coffee
+        live = [a for a in ("likes", "hobby", "possession", "habit")
+                if (claim.subject, a, value) in store.heads]
+        attribute = live[0] if live else "likes"
+    elif attribute == "cancel":  # the open plan that shares most words; without one it stays a free fact
+        plans = [store.head(s) for s in store.members.get((claim.subject, "plan"), ())]
+        asked = set(words(claim.value))
+        shared = [(len(asked & set(words(p.value))), p.slot) for p in plans if p.polarity == 1]
+        best = max(shared, key=lambda pair: pair[0], default=(0, None))
+        if best[0]:
+            return best[1]
+        attribute = "event"
+    single = attribute in SINGLE or attribute.startswith("favorite")
+    slot = (claim.subject, attribute, None if single else value)
+    head = store.head(slot)
+    if single and claim.polarity == -1 and (head is None or key(head.value) != key(claim.value)):
+        return claim.subject, "event", key(claim.text)  # "I used to live in Rome" does not end Paris
+    return slot
+
+
+# What reconciling decided: `node` is the one to confirm; `prev` and `next` are the neighbours of a new one.
+Decision = namedtuple("Decision", "op node prev next kind", defaults=(None,) * 4)
+
+
+def decide(store, claim, slot):
+    """The decision table: claim c against head h of its slot, the first row that fits.
+
+        no head                                   ADD
+        the same value, asked to be forgotten     CONFIRM: whatever is said about it now, it stays forgotten
+        t(c) >= t(h), other value or polarity     SUPERSEDE, or RETRACT if c denies: a new head
+        t(c) >= t(h), strictly more specific      REFINE: a new head that keeps what the old one rests on
+        t(c) >= t(h), the same                    CONFIRM: one more source, no new node
+        t(c) <  t(h), equals a neighbour in time  CONFIRM that neighbour
+        t(c) <  t(h)                              SPLICE: goes in where it belongs, the head stays
+
+    Slot and polarity, never similarity: cosine cannot tell "likes coffee" from "no longer likes coffee".
+    Only the head counts as a duplicate: A, then B, then A again are three nodes.
+    """
+    def same(b):
+        return (key(b.value), b.polarity) == (key(claim.value), claim.polarity)
+    head = store.head(slot)
+    if head is None:
+        return Decision("ADD")
+    if head.status == "suppressed" and key(head.value) == key(claim.value):
+        return Decision("CONFIRM", node=head)
+    if claim.t_event >= head.t_event:
+        if not same(head):
+            return Decision("RETRACT" if claim.polarity < 1 else "SUPERSEDE", prev=head.id, kind="supersede")
+        old, new = (set(words(DATE.sub("", x.text))) for x in (head, claim))
+        if old < new or (claim.detail and not new <= old):
+            return Decision("REFINE", prev=head.id, kind="refine")
+        return Decision("CONFIRM", node=head)
+    # Told late. Making it the head, as the authors' code does, would bring back the past as the present.
+    after = next(b for b in store.chain(slot) if b.t_event > claim.t_event)
+    before = store.beliefs.get(after.prev)
+    for neighbour in (before, after):
+        if neighbour and same(neighbour):
+            return Decision("CONFIRM", node=neighbour)
+    return Decision("SPLICE", prev=after.prev, next=after.id, kind="supersede")
+
+
+def new_belief(store, turn, claim, slot, decision):
+    """The node that a claim becomes; only a refinement takes over text and sources of its predecessor."""
+    source, old, text = (turn.id, *claim.span, claim.reliability), store.beliefs.get(decision.prev), claim.text
+    refines = decision.op == "REFINE"
+    if refines and not set(words(old.text)) <= set(words(text)):
+        text = f"{old.text}; {text}"
+    because = re.search(r"\b(?:because|since|so that)\b (.+)", claim.text, re.I)
+    return Belief(
+        store.new_id("b"), claim.layer, slot, claim.value, claim.polarity, text,
+        t_event=claim.t_event, t_seen=store.clock, sources=[*(old.sources if refines else ()), source],
+        domain=domain_of(text), tags=list(poles_of(text)) if claim.polarity == 1 else [], until=claim.until,
+        reason=because.group(1) if because else f"told {turn.t[:10]}" if old else "")
+
+
+def write_claims(store, turn, claims):
+    """Reconcile and apply the claims of one turn; an existing node is touched at most once. -> [(op, id)]."""
+    ops, touched = [], set()
+    for claim in claims:
+        claim.t_event = claim.t_event or turn.t
+        slot = slot_of(store, claim)
+        decision = decide(store, claim, slot)
+        op, node = decision.op, decision.node
+        # One operation per existing node and turn: else one sentence said twice would confirm itself.
+        existing = {decision.prev, decision.next, node and node.id} - {None}
+        if existing & touched or (node and any(turn_id == turn.id for turn_id, *_ in node.sources)):
+            continue
+        touched |= existing
+        if op == "CONFIRM":
+            # Told again with an earlier date: it was true since then, but not before its predecessor.
+            earliest = store.beliefs[node.prev].t_event if node.prev else ""
+            moved = {"t_event": claim.t_event} if earliest <= claim.t_event < node.t_event else {}
+            store.commit(op, [node.id], turn.id, source=(turn.id, *claim.span, claim.reliability), **moved)
+        else:
+            node = new_belief(store, turn, claim, slot, decision)
+            store.commit(op, [node.id], turn.id, node.reason, belief=asdict(node),
+                         prev=decision.prev, next=decision.next, kind=decision.kind)
+        ops.append((op, node.id))
+    return ops
+
+
+# ------------------------------------------------------------------ System2: while nobody is waiting
+# Thresholds for cue space, chosen on the development bank; the authors' 0.70 / 0.60 belong to dense vectors.
+BEHAVIOUR_ALIKE, CONTENT_UNLIKE = 0.5, 0.6
+WITHDRAWN = "(withdrawn: it rested on something the user asked to forget)"
+
+
+def two_stage_dbscan(vectors):
+    """Cluster rows by cosine: similarity 0.55, 3 members; those over 12 again at 0.75, 2. -> labels (n,).
+
+    Leftovers of the second stage join the nearest sub-cluster. Equal rows are clustered once, by weight: a
+    hundred thousand beliefs have few distinct behaviour vectors.
+    """
+    from sklearn.cluster import DBSCAN
+    rows, inverse, counts = np.unique(vectors, axis=0, return_inverse=True, return_counts=True)
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    labels = DBSCAN(eps=0.45, min_samples=3, metric="cosine").fit_predict(rows, sample_weight=counts)
+    for label in sorted(set(labels) - {-1}):
+        inside = np.flatnonzero(labels == label)
+        if counts[inside].sum() <= 12 or len(inside) < 2:
+            continue
+        stage2 = DBSCAN(eps=0.25, min_samples=2, metric="cosine")
+        sub = stage2.fit_predict(rows[inside], sample_weight=counts[inside])
+        centres = {k: rows[inside[sub == k]].mean(0) for k in sorted(set(sub) - {-1})}
+        if centres:
+            sub = [k if k >= 0 else max(centres, key=lambda c: rows[i] @ centres[c])
+                   for i, k in zip(inside, sub)]
+            labels[inside] = labels.max() + 1 + np.array(sub)
+    return labels[inverse.ravel()]
+
+
+def induce_rules(store, pool):
+    """Clusters in behaviour + domain space -> [(subject, domain, behaviour, text, vector, belief ids)].
+
+    Not over the words of raw sentences: word overlap groups sentence shapes, not habits.
+    """
+    pool = [b for b in pool if b.tags and b.domain]
+    # One column per pole, domain and person: two beliefs are near iff behaviour, domain and person agree.
+    columns = {name: i for i, name in enumerate([*POLES, *DOMAINS, *store.speakers])}
+    vectors = np.zeros((len(pool), len(columns)))
+    for row, b in zip(vectors, pool):
+        row[[columns[tag] for tag in b.tags]] = 1 / math.sqrt(len(b.tags))
+        row[[columns[b.domain], columns[b.slot[0]]]] = 1
+    groups = defaultdict(list)  # a cluster may chain two poles together; a schema has one
+    for label, b in zip(two_stage_dbscan(vectors) if pool else (), pool):
+        for pole in b.tags if label >= 0 else ():
+            groups[b.slot[0], b.domain, pole].append(b)
+    found = []
+    for (subject, domain, pole), beliefs in sorted(groups.items()):
+        tags = Counter(tag for b in beliefs for tag in b.tags)
+        vector = {tag: round(n / tags.total(), 4) for tag, n in sorted(tags.items())}
+        text = f"In {domain}, {called(subject)} {POLES[pole][1]}."
+        found.append((subject, domain, pole, text, vector, [b.id for b in beliefs]))
+    return found
+
+
+def name_core_rules(members):
+    """One sentence that explains why these habits go together; it names no domain, so that it never ages."""
+    behaviour = Counter(m.behaviour for m in members).most_common(1)[0][0]
+    return behaviour, f"In unrelated parts of life, {called(members[0].subject)} {POLES[behaviour][1]}."
+
+
+def called(subject):
+    return "the user" if subject == "user" else subject
+
+
+def refresh_schema(schema, store, x):
+    """Recount live support s against x opposite beliefs: confidence (s + 1) / (s + x + 2), and the status."""
+    allowed = sorted(i for i in schema.evidence if store.beliefs[i].status != "suppressed")
+    if len(allowed) < len(schema.evidence) and schema.behaviour not in POLES:
+        schema.text, allowed = WITHDRAWN, []  # a model's sentence may give away what was forgotten
+    schema.evidence, schema.live = allowed, [i for i in allowed if holds(store.beliefs[i])]
+    s = len({store.beliefs[i].slot for i in schema.live})  # a chain counts once, by its head
+    sessions = {store.turns[src[0]].session for i in schema.live for src in store.beliefs[i].sources}
+    schema.confidence = round((s + 1) / (s + x + 2), 4)
+    schema.status = ("dormant" if s < 2 else "forming" if s < 3 or len(sessions) < 2
+                     else "stable" if schema.confidence >= 0.65 else "contested")
+
+
+def holds(belief):
+    return belief.status == "active" and belief.polarity == 1
+
+
+def collisions(schemas, store):
+    """Pairs alike in behaviour, unlike in content, of one person, in different domains. NOT contradictions.
+
+    Nearest neighbours in behaviour space shortlist the pairs, so the sweep is not quadratic.
+    """
+    from sklearn.feature_extraction import DictVectorizer
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.neighbors import NearestNeighbors
+    cues = {w for cue, _ in CUES for w in cue.split()}
+
+    def content_words(schema):  # what is left without the behaviour words
+        said = [w for i in schema.live for w in words(store.beliefs[i].text) if w not in cues]
+        return said or [schema.domain]
+    content = TfidfVectorizer(analyzer=content_words).fit_transform(schemas)
+    behaviour = DictVectorizer().fit_transform([s.vector for s in schemas])
+    near = NearestNeighbors(n_neighbors=min(30, len(schemas)), metric="cosine").fit(behaviour)
+    pairs = set()
+    for i, row in enumerate(near.kneighbors(behaviour, return_distance=False)):
+        for j in map(int, row):
+            a, b = schemas[i], schemas[j]
+            if a.subject == b.subject and a.domain != b.domain:
+                both = [(a.vector.get(k, 0), b.vector.get(k, 0)) for k in {**a.vector, **b.vector}]
+                alike = sum(map(min, both)) / sum(map(max, both))  # weighted Jaccard
+                if alike >= BEHAVIOUR_ALIKE and (content[i] @ content[j].T).sum() < CONTENT_UNLIKE:
+                    pairs.add((min(i, j), max(i, j)))
+    return sorted(pairs)
+
+
+def collision_groups(n, pairs):
+    """Merge what is linked; drop who collides with less than half of the group: merging is transitive."""
+    group_of, linked = {i: [i] for i in range(n)}, {*pairs, *((j, i) for i, j in pairs)}
+    for i, j in pairs:
+        merged = sorted({*group_of[i], *group_of[j]})
+        group_of.update((k, merged) for k in merged)
+    for group in map(list, sorted({tuple(group) for group in group_of.values()})):
+        while len(group) > 1:
+            degree = {i: sum((i, j) in linked for j in group) for i in group}
+            worst = min(group, key=degree.get)
+            if degree[worst] >= (len(group) - 1) / 2:
+                yield group
+                break
+            group.remove(worst)
+
+
+def refresh_core(core, schemas):
+    """Evidence = union of the members'; confidence = the weaker of the two best members' domains."""
+    core.members = sorted(set(core.members))
+    core.evidence = sorted({i for m in core.members for i in schemas[m].evidence})
+    stable = (schemas[m] for m in core.members if schemas[m].status == "stable")
+    # Ascending, so that of the members of one domain the best one counts.
+    best = dict(sorted(((s.domain, s.confidence) for s in stable), key=lambda pair: pair[1]))
+    known = len(best) >= 2
+    core.status, core.confidence = ("stable", sorted(best.values())[-2]) if known else ("dormant", 0.0)
+    if any(schemas[m].text == WITHDRAWN for m in core.members):
+        core.text, core.status = WITHDRAWN, "dormant"
+
+
+def plan_schemas(store, now, backend):
+    """All schemas as they should be tonight: new ones, recounted ones, and which replaced its opposite."""
+    schemas = copy.deepcopy(store.schemas)
+    # The whole pool every night, not only what is uncited: the same store must give the same schemas.
+    pool = [b for b in store.beliefs.values() if holds(b) and b.slot[0] in store.speakers
+            and b.slot[1] not in ("maybe", "plan")]
+    for subject, domain, behaviour, text, vector, ids in backend.induce(store, pool):
+        id_ = store.new_id("s", subject, domain, behaviour)
+        if id_ in schemas or len(ids) >= 2:
+            schema = schemas.setdefault(id_, Schema(id_, subject, domain, behaviour, text, now))
+            schema.text = text if schema.text == WITHDRAWN else schema.text
+            schema.vector, schema.evidence = vector, list({*schema.evidence, *ids})
+    # x of the confidence: live beliefs of the same person and domain that show the opposite behaviour.
+    shows = Counter((b.slot[0], b.domain, tag) for b in pool for tag in b.tags)
+    for schema in schemas.values():
+        refresh_schema(schema, store, shows[schema.subject, schema.domain, opposite(schema.behaviour)])
+    for new in schemas.values():
+        old = schemas.get(store.new_id("s", new.subject, new.domain, opposite(new.behaviour)))
+        if old and new.status == "stable" != old.status and (old.created, old.id) < (new.created, new.id):
+            if not (old.prev or old.next or new.prev or new.next):
+                new.prev, old.next = old.id, new.id
+    return schemas
+
+
+def plan_cores(store, now, schemas, backend, sweep):
+    """All cores: what the sweep finds joins a known core or becomes one, and every core is recounted."""
+    cores = copy.deepcopy(store.cores)
+    stable = sorted((s for s in schemas.values() if s.status == "stable"), key=lambda s: s.id)
+    pairs = collisions(stable, store) if sweep and len(stable) >= 5 else []
+    for group in collision_groups(len(stable), pairs):
+        members = [stable[i] for i in group]
+        ids = {m.id for m in members}
+        known = [c for c in cores.values() if ids & set(c.members)]
+        if known:  # the core that shares most members, then the oldest: never whichever comes first
+            core = min(known, key=lambda c: (-len(ids & set(c.members)), c.created, c.id))
+        elif named := backend.name_core(members):  # a null answer is allowed: no core
+            id_ = store.new_id("c", members[0].subject, named[0])
+            core = cores.setdefault(id_, Core(id_, members[0].subject, *named, now))
+        else:
+            continue
+        core.members += ids
+    for core in cores.values():
+        refresh_core(core, schemas)
+    return cores
+
+
+def plan_intentions(store, now):
+    intentions = copy.deepcopy(store.intentions)
+    slots = [s for who in store.speakers for s in store.members.get((who, "plan"), ())]
+    for belief in (b for slot in slots for b in store.chain(slot) if b.until):
+        id_ = store.new_id("i", belief.slot[0], key(belief.value), belief.until)
+        item = intentions.setdefault(id_, Intention(id_, belief.value, belief.until, []))
+        item.evidence = sorted({*item.evidence, belief.id})
+    for item in intentions.values():
+        item.evidence = [i for i in item.evidence if store.beliefs[i].status != "suppressed"]
+        alive = any(holds(store.beliefs[i]) for i in item.evidence)
+        item.status = "withdrawn" if not alive else "expired" if item.until < now[:10] else "open"
+    return intentions
+
+
+def plan_sleep(store, now, backend, sweep=True):
+    """What System2 would change, as a dictionary; the store is only read. A pure function of (store, now)."""
+    schemas = plan_schemas(store, now, backend)
+    new = {"schemas": schemas, "cores": plan_cores(store, now, schemas, backend, sweep),
+           "intentions": plan_intentions(store, now)}
+    return {kind: [asdict(n) for _, n in sorted(nodes.items()) if n != getattr(store, kind).get(n.id)]
+            for kind, nodes in new.items()}
+
+
+# ------------------------------------------------------------------ reader: words and links, no model
+ASK = {  # attribute -> how a question asks for it
+    "residence": r"\b(live|living|lived|home town|reside|moved? to|city|based)\b",
+    "employer": r"\b(work|employer|company|job)\b", "occupation": r"\b(occupation|profession|for a living)\b",
+    "diet": r"\bdiet\b", "age": r"\bhow old\b|\bage\b", "name": r"\bmy name\b",
+    "partner": r"\b(partner|married|dating)\b", "birthday": r"\bbirthday\b"}
+PAST = re.compile(r"\b(before|previous\w*|used to|former\w*|earlier|originally|did I (?:live|work))\b", re.I)
+CHANGE = re.compile(r"\bhow (?:did|has|have)\b.*\b(?:chang|evolv|develop)|\bhistory of\b|\bover time\b", re.I)
+COMING = re.compile(r"\b(coming up|upcoming|my plans|planned|next (?:week|month)|ahead of me)\b", re.I)
+SHARES = {"profile": 0.1, "identity": 0.2, "schema": 0.2, "intention": 0.1}  # of the budget; the rest: facts
+SCHEMA_LINES = 4  # with a channel of their own: the authors' quota of 40 % of ten profile lines
+
+
+@dataclass
+class Line:
+    """One line of context. `entries` are its dated statements, for whoever reads by program."""
+    id: str
+    channel: str
+    text: str
+    t: str
+    entries: list = None  # [(date, text)]; by default the line itself
+
+    def __post_init__(self):
+        self.entries = self.entries or [(self.t, self.text)]
+
+    def __str__(self):
+        return f"[{self.id}] {self.text}"
+
+    @functools.cached_property
+    def cost(self):
+        return count_tokens(str(self))
+
+
+Recall = namedtuple("Recall", "lines text ids")
+
+
+def rank_turns(store, question, now, k=100):
+    """Raw turns by relevance: [(score, turn id)], best first, at most k.
+
+    BM25, then what a memory knows beyond the words of a turn: what stands next to it (an answer seldom
+    repeats the words of the question before it), how well its session fits, who spoke, and when.
+    """
+    if not store.turns:
+        return []
+    asked = re.findall(r"\w+", question.lower())
+    people = [i for i, s in enumerate(store.speakers) if s.lower() in asked]
+    names = {stem(store.speakers[i].lower()) for i in people}  # in a turn it is mostly the *other* who calls
+    query = Counter(w for w in words(DATE.sub(" ", question)) if w not in names) or Counter(words(question))
+    base = store.turn_index.scores(query, b=0.5)
+    session, speaker, day = (np.array(store.columns[c]) for c in ("session", "speaker", "day"))
+    scores, same = base.copy(), session[1:] == session[:-1]
+    scores[1:] += 0.5 * base[:-1] * same
+    scores[:-1] += 0.1 * base[1:] * same
+    best = np.zeros(session.max() + 1)
+    np.maximum.at(best, session, base)
+    scores += 0.2 * best[session] * (scores > 0)
+    if people:  # mild: questions also ask what somebody said *about* a person
+        scores *= np.where(np.isin(speaker, people), 1.2, 1.0)
+    if window := date_window(question, now):  # people tell things in the days after they happened
+        first, last = (date.fromisoformat(d).toordinal() for d in window)
+        scores *= np.where((day >= first) & (day <= last + 14), 1.5, 1.0)
+    keys = store.turn_index.keys
+    return [(float(scores[i]), keys[i]) for i in best_of(scores, k) if keys[i] not in store.hidden]
+
+
+def best_of(scores, k):
+    """Indices of the k best positive scores, best first, later ones first on a tie."""
+    top = np.argpartition(-scores, k)[:k] if len(scores) > k else np.arange(len(scores))
+    return sorted((int(i) for i in top if scores[i] > 0), key=lambda i: (-scores[i], -i))
+
+
+def top_beliefs(store, question, k=200):
+    """Beliefs by BM25 over their words, superseded ones included: any member brings its chain."""
+    keys, scores = store.belief_index.keys, store.belief_index.scores(Counter(words(question)))
+    return [store.beliefs[keys[i]] for i in best_of(scores, k)]
+
+
+def people_in(store, question):
+    """Speakers and relatives whom the question names; nobody named means the first speaker."""
+    asked = set(re.findall(r"\w+", question.lower()))
+    others = dict.fromkeys(subject for subject, _ in store.members if subject not in store.speakers)
+    named = [s for s in [*store.speakers, *others] if s.split("'s ")[-1].lower() in asked]
+    return named or store.speakers[:1]
+
+
+def asked_about(question):
+    """Single-valued attributes that a question is about."""
+    favourites = re.findall(r"\bfavou?rite (\w+)", question, re.I)
+    return [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)] + [
+        f"favorite {thing.lower()}" for thing in favourites]
+
+
+def visible_schemas(store, now):
+    """Schemas and cores as far as their support is alive *now*: `observe` never touches them."""
+    def alive(schema):
+        beliefs = [store.beliefs[i] for i in schema.evidence]
+        return (schema.status == "stable" and len({b.slot for b in beliefs if holds(b)}) >= 2
+                and all(b.status != "suppressed" for b in beliefs))
+
+    def rank(node):  # decay is applied while reading: stored, it would depend on how often System2 runs
+        seen = max(store.beliefs[i].t_seen for i in node.evidence)
+        idle = (date.fromisoformat(now[:10]) - date.fromisoformat(seen[:10])).days
+        return -node.confidence * 2 ** (-max(0, idle) / 180), node.id
+    schemas = sorted((s for s in store.schemas.values() if alive(s)), key=rank)
+    domain = {s.id: s.domain for s in schemas}
+    cores = [c for c in store.cores.values()
+             if c.status == "stable" and len({domain[m] for m in c.members if m in domain}) >= 2]
+    return schemas, sorted(cores, key=rank)
+
+
+def chain_line(store, slot):
+    """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; no suppressed nodes."""
+    chain, entries = store.visible(slot), []
+    for b in chain:
+        text = b.text if b.link_kind == "refine" else b.value or "none"
+        text = f"no longer {text}" if b.polarity < 1 and b.value else text
+        entries.append((b.t_event, text, ", current" if b.status == "active" else ""))
+    if len(chain) < 2:
+        return Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event) if chain else None
+    steps = " → ".join(f"{text} ({t[:10]}{mark})" for t, text, mark in entries)
+    entries = [(t, text + mark) for t, text, mark in entries]
+    return Line(b.id, "fact", f"{slot[0]} {slot[1]}: {steps}", b.t_event, entries)
+
+
+def recall(store, question, now, budget=800, schemas=True, sweep=True, separate=False):
+    """Question -> Recall within `budget` tokens. Every line carries the id to ask `why` about.
+
+    `separate=True` gives schemas and cores a channel of their own, four lines on top of the budget, as in
+    the authors' reader; else they take their share and displace facts.
+    """
+    wanted, size = {c: [] for c in (*SHARES, "fact", "newest")}, 0
+    # 1. What to show: chains of the attribute asked about, then word hits, then the profile, then the newest.
+    asked = asked_about(question)
+    hits = [b.slot for b in top_beliefs(store, f"{question} {' '.join(asked)}")]
+    named = [(p, a, None) for a in (*asked, *sorted(SINGLE)) for p in people_in(store, question)]
+    found = dict.fromkeys(s for s in (*named[:len(asked)], *hits, *named) if s in store.heads)
+    newest = [b.slot for b in list(store.beliefs.values())[-50:][::-1]]  # so that something is always found
+    for slot in dict.fromkeys([*found, *newest]):
+        if line := chain_line(store, slot):
+            profile = "profile" if slot[2] is None and slot[1] not in asked else "fact"
+            line.channel = ("newest" if slot not in found
+                            else "identity" if store.head(slot).layer == "identity" else profile)
+            wanted[line.channel].append(line)
+            size += line.cost
+            if size > 3 * budget:  # more could not fit, whatever the shares leave over
+                break
+    # 2. Schemas of the question's own domain come first; where it has none, cores speak for it.
+    if schemas:
+        found, cores = visible_schemas(store, now)
+        own = [s for s in found if s.domain == domain_of(question)]
+        nodes = own + (cores if sweep else []) + [s for s in found if s not in own]
+        wanted["schema"] = [Line(n.id, "schema", n.text, n.created) for n in nodes]
+    # 3. What is coming up; `until` is compared with `now`, so a lapsed plan is never shown as one.
+    for item in sorted(store.intentions.values(), key=lambda i: (i.until, i.id)):
+        alive = any(holds(store.beliefs[b]) for b in item.evidence)
+        if item.status == "open" and item.until >= now[:10] and alive:
+            text = f"planned until {item.until}: {item.text}"
+            wanted["intention"].append(Line(item.id, "intention", text, item.until))
+    return assemble(store, wanted, question, now, budget, separate)
+
+
+def assemble(store, wanted, question, now, budget, separate):
+    """Fill the shares, whole lines only; the rest flows to facts, raw turns, then the newest facts."""
+    chosen, left = {}, budget
+
+    def spend(lines, tokens):
+        for line in lines:
+            if line.id not in chosen and line.cost <= tokens:
+                chosen[line.id] = line
+                tokens -= line.cost
+        return tokens
+    if separate:
+        chosen.update((n.id, n) for n in wanted["schema"][:SCHEMA_LINES])
+    # Small fixed shares first, so that a hundred matching facts cannot push the profile or a plan out.
+    for channel, share in SHARES.items():
+        share = int(budget * share)
+        left -= 0 if separate and channel == "schema" else share - spend(wanted[channel], share)
+    left = spend(wanted["fact"], left)
+    cited = {s[0] for i in chosen if i in store.beliefs for s in store.beliefs[i].sources}
+    turns = [store.turns[i] for _, i in rank_turns(store, question, now, 50) if i not in cited]
+    left = spend([Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t) for t in turns], left)
+    spend(wanted["newest"], left)
+
+    def order(line):  # cores, schemas, profile and identity, then everything else by time
+        kind = line.id.split("/")[-1][0]
+        rank = 2 if line.channel in ("profile", "identity") else 3
+        return {"c": 0, "s": 1}.get(kind, rank), line.t, line.id
+    lines = sorted(chosen.values(), key=order)
+    return Recall(lines, "\n".join(map(str, lines)), [n.id for n in lines])
+
+
+def as_of(store, slot, t):
+    """What held on day `t`: the last node whose event time is not after it. None before the first."""
+    return next((b for b in store.visible(slot)[::-1] if b.t_event[:10] <= t[:10]), None)
+
+
+# ------------------------------------------------------------------ the facade
+class Memory:
+    """One memory for many users, each with a store of their own.
+
+    `backend` does the four jobs that need language: extract, induce, name_core, answer. RULES or an LLM.
+    """
+
+    def __init__(self, backend=None):
+        self.stores, self.backend = {}, backend or RULES
+        self.claims = Counter()  # True: claims that hit a frame, False: kept as free facts
+
+    def store(self, user="user"):
+        return self.stores.setdefault(user, Store(user))
+
+    def observe(self, text, t, session="s1", speaker="user", user="user"):
+        """System1, in the write: keep the raw turn first, then extract, reconcile, apply. -> [(op, id)]."""
+        date.fromisoformat(t[:10])  # a bad date is refused before anything is kept
+        store = self.store(user)
+        turn = Turn(store.new_id("t"), session, speaker, text, t)
+        store.commit("RAW", [turn.id], turn.id, turn=asdict(turn))
+        claims, forget = self.backend.extract(store, turn)
+        if claims is None:  # the model gave nothing usable: the turn is kept, the failure is on record
+            store.commit("FAILED", [turn.id], turn.id, "no usable answer from the model")
+        self.claims.update(c.attribute not in ("event", "maybe") for c in claims or ())
+        ops = write_claims(store, turn, claims or ())
+        return ops + [("SUPPRESS", i) for what in forget for i in self.forget(what, user, turn.id)]
+
+    def forget(self, what, user="user", turn=""):
+        """Suppress every belief that holds all content words of `what`: nodes and links stay, unseen."""
+        store, need = self.store(user), set(words(what))
+        if not need:
+            return []
+        ids = [b.id for b in store.beliefs.values() if b.status != "suppressed"
+               and need <= set(words(f"{b.slot[0]} {b.value} {b.text}"))]
+        hide = {t.id for t in store.turns.values() if need <= set(words(t.text))} | {turn} - {""}
+        store.commit("SUPPRESS", ids, turn, "asked to forget", hide=sorted(hide))
+        return ids
+
+    def sleep(self, now, user="user", sweep=True):
+        """System2, all or nothing: first the whole plan, then one event; no change, no event."""
+        store = self.store(user)
+        plan = plan_sleep(store, now, self.backend, sweep)
+        if any(plan.values()):
+            ids = [n["id"] for nodes in plan.values() for n in nodes]
+            store.commit("SLEEP", ids, reason=f"night of {now[:10]}", **plan)
+
+    def recall(self, question, now, budget=800, user="user", **switches):
+        return recall(self.store(user), question, now, budget, **switches)
+
+    def answer(self, question, now, user="user"):
+        """-> (text, ids that it rests on)."""
+        return self.backend.answer(self.store(user), question, now)
+
+    def trail(self, slot, user="user"):
+        return self.store(user).chain(slot)
+
+    def as_of(self, slot, t, user="user"):
+        return as_of(self.store(user), slot, t)
+
+    def why(self, id_, user="user"):
+        """core -> schemas -> beliefs -> the verbatim span of the raw turn, as a nested dictionary."""
+        store = self.store(user)
+        kinds = (store.cores, store.schemas, store.intentions, store.beliefs, store.turns)
+        node = next((kind[id_] for kind in kinds if id_ in kind), None)
+        if node is None:
+            raise DcpmError(f"there is no record {id_!r}; recall(...).ids lists the ids you can ask about")
+        if id_ in store.hidden or getattr(node, "status", "") == "suppressed":
+            return {"id": id_, "text": "(forgotten on request)", "because": []}
+        if id_ in store.beliefs:
+            spans = [(store.turns[turn], start, end) for turn, start, end, _ in node.sources]
+            below = [{"id": t.id, "t": t.t, "text": t.text[a:b], "because": []} for t, a, b in spans]
+        else:
+            below = [self.why(i, user) for i in getattr(node, "members", getattr(node, "evidence", []))]
+        return {"id": id_, "text": node.text, "because": below}
+
+    def check(self):
+        """What is broken, as sentences; [] when all invariants of all users hold. Replays every log."""
+        return [f"{user}: {problem}" for user, store in self.stores.items() for problem in check_store(store)]
+
+    def save(self, path):
+        """The audit logs as JSON, written beside the target and moved over it: a crash spoils nothing."""
+        users = {user: store.log for user, store in self.stores.items()}
+        handle, name = tempfile.mkstemp(dir=Path(path).parent, prefix=Path(path).name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"format": "dcpm-1", "users": users}, file, ensure_ascii=False, default=vars)
+        os.replace(name, path)
+
+    @classmethod
+    def load(cls, path, backend=None):
+        memory = cls(backend)
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["format"] != "dcpm-1":
+                raise ValueError("unknown format")
+            for user, log in data["users"].items():
+                memory.stores[user] = replay([Event(**e) for e in log], user)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise DcpmError(f"{path} is not a memory saved by dcpm.py ({error}); restore a copy") from error
+        return memory
+
+    def dump(self, user="user"):
+        """The whole memory as text for people."""
+        store = self.store(user)
+        lines = [chain_line(store, slot) for slots in store.members.values() for slot in slots]
+        out = [f"{len(store.turns)} turns, {len(store.beliefs)} beliefs", *(f"  {n}" for n in lines if n)]
+        for node in [*store.schemas.values(), *store.cores.values(), *store.intentions.values()]:
+            out.append(f"  [{node.id}] {node.text} ({node.status})")
+        return "\n".join(out)
+
+
+def replay(log, user="user"):
+    """Audit log -> store."""
+    store = Store(user)
+    for event in log:
+        store.apply(event)
+        store.log.append(event)
+    return store
+
+
+def snapshot(store):
+    """Everything a store holds, its log included, as one comparable string."""
+    kinds = (store.turns, store.beliefs, store.schemas, store.cores, store.intentions, store.log)
+    rest = (sorted(store.hidden), list(store.heads.values()), list(store.members.values()), store.speakers)
+    return json.dumps([kinds, rest], sort_keys=True, default=vars)
+
+
+def check_store(store):
+    """The invariants of one store; those about schemas hold after each sleep."""
+    bad, b = [], store.beliefs
+
+    def refuse(broken, sentence):
+        bad.extend([sentence] if broken else [])
+    for n in b.values():
+        p, after = b.get(n.prev), b.get(n.next)
+        refuse((p and p.next != n.id) or (after and after.prev != n.id) or n.id in (n.prev, n.next),
+               f"links of {n.id} are not mutual")
+        refuse(p and n.link_kind == "supersede" and (key(p.value), p.polarity) == (key(n.value), n.polarity),
+               f"{n.id} supersedes an equal claim")
+        refuse(p and p.t_event > n.t_event, f"{n.id} is older than its predecessor")
+        refuse((n.status == "active") != (n.next is None and n.status != "suppressed"),
+               f"status of {n.id} is {n.status}")
+        spans = [(store.turns.get(turn), start, end) for turn, start, end, _ in n.sources]
+        refuse(not spans or any(t is None or not 0 <= start < end <= len(t.text) for t, start, end in spans),
+               f"{n.id} has no source, or one outside its turn")
+    heads = Counter(n.slot for n in b.values() if n.next is None)
+    for slot, count in Counter(n.slot for n in b.values()).items():
+        refuse(heads[slot] != 1 or len(store.chain(slot)) != count or store.head(slot).next,
+               f"{slot}: {heads[slot]} heads, {len(store.chain(slot))} of {count} nodes in reach")
+    if store.log and store.log[-1].op == "SLEEP":
+        for node in [*store.schemas.values(), *store.cores.values(), *store.intentions.values()]:
+            forgotten = any(b[i].status == "suppressed" for i in node.evidence)
+            refuse(forgotten, f"{node.id} rests on something forgotten")
+        for s in (s for s in store.schemas.values() if s.status == "stable"):
+            sessions = {store.turns[src[0]].session for i in s.live for src in b[i].sources}
+            refuse(len({b[i].slot for i in s.live if holds(b[i])}) < 3 or len(sessions) < 2,
+                   f"schema {s.id} is stable on {len(s.live)} beliefs of {len(sessions)} sessions")
+    for c in store.cores.values():
+        members = [store.schemas[m] for m in c.members]
+        refuse(c.status == "stable" and len({m.domain for m in members if m.status == "stable"}) < 2,
+               f"core {c.id} does not rest on two domains")
+        refuse(c.evidence != sorted({i for m in members for i in m.evidence}),
+               f"evidence of core {c.id} is not the union of its members'")
+    again = replay(store.log, store.user)
+    refuse(snapshot(again) != snapshot(store), "replaying the log gives another store")
+    return bad
+
+
+# ================================================================== PART 2: LANGUAGE, BY RULES OR A MODEL
+# ------------------------------------------------------------------ words, tokens, dates
+STOP = frozenset("""
+    a an the and or but if so of in on at to for from by with as is am are was were be been being do does
+    did done has had will would can could should i me my mine myself you your we our us he him his she her
+    it its they them their this that these those there here what which who whom when where why how not no
+    yes too very just also still now again really quite lot then than about into out up down over all any
+    some more most other own same s t re ve ll d m currently recently always usually often actually
+    finally since because""".split())
+MONTHS = {m: i for i, m in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
+WEEKDAYS = {d: i for i, d in enumerate("monday tuesday wednesday thursday friday saturday sunday".split())}
+NUMBERS = {n: i for i, n in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS |= {"a": 1, "an": 1, "a few": 3, "a couple of": 2}
+_MONTH = (r"(?:january|february|march|april|may|june|july|august|september|october|november|december"
+          r"|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)\b\.?")
+DATE = re.compile(rf"""\b(?:(?P<iso>\d{{4}}-\d\d-\d\d)
+    |(?P<d1>\d{{1,2}})(?:st|nd|rd|th)?\ (?:of\ )?(?P<m1>{_MONTH})(?:,?\ (?P<y1>\d{{4}}))?
+    |(?P<m2>{_MONTH})\ (?P<d2>\d{{1,2}})(?:st|nd|rd|th)?\b(?:,?\ (?P<y2>\d{{4}}))?
+    |(?:in\ |since\ |last\ )?(?P<m3>{_MONTH}),?\ (?P<y3>\d{{4}})
+    |(?:in|since|last|next)\ (?P<m4>{_MONTH})|(?:back\ )?(?:in|since|of)\ (?P<y4>(?:19|20)\d\d)
+    |(?P<day>today|tonight|tomorrow|yesterday)
+    |(?P<ago>\d+|a\ few|a\ couple\ of|an?|one|two|three|four|five|six|seven|eight|nine|ten)
+    \ (?P<unit>day|week|month|year)s?\ ago
+    |(?P<rel>last|next|this)\ (?P<what>week|weekend|month|year|{'|'.join(WEEKDAYS)}))\b""", re.I | re.X)
+
+
+@functools.lru_cache(maxsize=100_000)
+def stem(word):
+    """A crude suffix stripper: walks, walked, walking -> walk. Wrong at times, but for all texts alike."""
+    for suffix in ("'s", "ings", "ing", "ies", "ied", "ed", "es", "ly", "s"):
+        if word.endswith(suffix) and len(word) - len(suffix) >= 3 and not word.endswith("ss"):
+            word = word[:-len(suffix)] + ("y" if suffix in ("ies", "ied") else "")
+            break
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] in "bdgmnprt":  # running -> runn -> run
+        word = word[:-1]
+    return word[:-1] if len(word) > 3 and word.endswith("e") else word
+
+
+def words(text):
+    """Stemmed content words of a text, in order."""
+    found = re.findall(r"[a-z0-9]+(?:'s)?", text.lower().replace("’", "'"))
+    return [stem(w) for w in found if w not in STOP]
+
+
+def key(text):
+    """Two values are the same iff their keys are equal: case, articles, endings, dates do not count."""
+    return " ".join(words(DATE.sub(" ", text)))
+
+
+def count_tokens(text):
+    """The counter behind every budget: one per word, number or punctuation mark."""
+    return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+def digest(*parts):
+    """Eight hex digits, the same on every machine (`hash()` of a string is not)."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:8]
+
+
+def date_window(text, today):
+    """First time expression of `text` -> (first day, last day) as ISO strings, or None.
+
+    `today` is the date of the *conversation*: against the wall clock old dialogues silently rot.
+    """
+    match = DATE.search(text)
+    if not match:
+        return None
+    g, now = match.groupdict(), date.fromisoformat(today[:10])
+    form = next((n for n in "1234" if g.get("m" + n) or g.get("y" + n)), None)
+    try:
+        if g["iso"]:
+            start = end = date.fromisoformat(g["iso"])
+        elif form:
+            month, day, year = (g.get(k + form) for k in "mdy")
+            month, day = MONTHS[month[:3].lower()] if month else 1, day and int(day)
+            nearest = min((now.year - 1, now.year, now.year + 1),  # no year said: the nearest such month
+                          key=lambda y: abs((date(y, month, 15) - now).days))
+            start = date(int(year or nearest), month, day or 1)
+            following = start.replace(day=1) + timedelta(31)
+            end = (start if day else following.replace(day=1) - timedelta(1) if g.get("m" + form)
+                   else start.replace(month=12, day=31))
+        elif g["day"]:
+            start = end = now + timedelta({"yesterday": -1, "tomorrow": 1}.get(g["day"].lower(), 0))
+        elif g["ago"]:
+            n = NUMBERS.get(g["ago"].lower()) or int(g["ago"])
+            days = {"day": 1, "week": 7, "month": 30, "year": 365}[g["unit"].lower()]
+            start = end = now - timedelta(n * days)
+        else:
+            step = {"last": -1, "this": 0, "next": 1}[g["rel"].lower()]
+            start, end = _relative(step, g["what"].lower(), now)
+    except (ValueError, OverflowError):  # 31 June, a million years ago: not a date after all
+        return None
+    return start.isoformat(), end.isoformat()
+
+
+def _relative(step, what, now):
+    """last (-1), this (0), next (1) week, weekend, month, year or weekday -> first and last day."""
+    monday = now - timedelta(now.weekday())
+    if what == "year":
+        return date(now.year + step, 1, 1), date(now.year + step, 12, 31)
+    if what == "month":
+        first = (now.replace(day=15) + timedelta(30 * step)).replace(day=1)
+        return first, (first + timedelta(31)).replace(day=1) - timedelta(1)
+    if what in WEEKDAYS:
+        gap = (WEEKDAYS[what] - now.weekday()) % 7
+        day = now + timedelta(gap if step == 0 else gap - 7 if step < 0 else gap or 7)
+        return day, day
+    monday += timedelta(7 * step)
+    return monday + timedelta(5 if what == "weekend" else 0), monday + timedelta(6)
+
+
 # ------------------------------------------------------------------ behaviour lexicon and domains
 # Two entries are a pair of opposite poles: name | gloss | cues. Lexicon, domains and frames were fixed before
 # the test bank was first run; their hash is logged with every held-out result.
@@ -632,497 +1317,7 @@ def read_clause(body, me, t):
     return Claim("event" if sign > 0 else "habit", rest, polarity=sign, **told)
 
 
-# ------------------------------------------------------------------ System1: inside every write
-def slot_of(store, claim):
-    """The dimension a claim speaks about: single-valued attributes have one chain, others one per value."""
-    attribute, value = claim.attribute, " ".join(sorted(set(words(DATE.sub(" ", claim.value)))))
-    if claim.slot:
-        return claim.slot
-    if attribute == "?":  # "gave up coffee": whichever live chain is about coffee
-        live = [a for a in ("likes", "hobby", "possession", "habit")
-                if (claim.subject, a, value) in store.heads]
-        attribute = live[0] if live else "likes"
-    elif attribute == "cancel":  # the open plan that shares most words; without one it stays a free fact
-        plans = [store.head(s) for s in store.members.get((claim.subject, "plan"), ())]
-        asked = set(words(claim.value))
-        shared = [(len(asked & set(words(p.value))), p.slot) for p in plans if p.polarity == 1]
-        best = max(shared, key=lambda pair: pair[0], default=(0, None))
-        if best[0]:
-            return best[1]
-        attribute = "event"
-    single = attribute in SINGLE or attribute.startswith("favorite")
-    slot = (claim.subject, attribute, None if single else value)
-    head = store.head(slot)
-    if single and claim.polarity == -1 and (head is None or key(head.value) != key(claim.value)):
-        return claim.subject, "event", key(claim.text)  # "I used to live in Rome" does not end Paris
-    return slot
-
-
-def decide(store, claim, slot):
-    """The decision table -> (op, node to confirm or None, prev id, next id, link kind).
-
-    Slot and polarity, never similarity: cosine cannot tell "likes coffee" from "no longer likes coffee".
-    Only the head counts as a duplicate: A, then B, then A again are three nodes.
-    """
-    def same(b):
-        return (key(b.value), b.polarity) == (key(claim.value), claim.polarity)
-    head = store.head(slot)
-    if head is None:
-        return "ADD", None, None, None, None
-    if head.status == "suppressed" and key(head.value) == key(claim.value):
-        return "CONFIRM", head, None, None, None  # whatever is said about it now, it stays forgotten
-    if claim.t_event >= head.t_event:
-        if not same(head):
-            return "RETRACT" if claim.polarity < 1 else "SUPERSEDE", None, head.id, None, "supersede"
-        old, new = (set(words(DATE.sub("", x.text))) for x in (head, claim))
-        if old < new or (claim.detail and not new <= old):  # strictly more specific: tested before CONFIRM
-            return "REFINE", None, head.id, None, "refine"
-        return "CONFIRM", head, None, None, None
-    # Told late: find its place by event time. Making it the head would bring back the past as the present.
-    after = next(b for b in store.chain(slot) if b.t_event > claim.t_event)
-    for neighbour in (before := store.beliefs.get(after.prev), after):
-        if neighbour and same(neighbour):
-            return "CONFIRM", neighbour, None, None, None
-    return "SPLICE", None, before and before.id, after.id, "supersede"
-
-
-def write_claims(store, turn, claims):
-    """Reconcile and apply the claims of one turn; an existing node is touched at most once. -> [(op, id)]."""
-    ops, touched = [], set()
-    for claim in claims:
-        claim.t_event = claim.t_event or turn.t
-        slot = slot_of(store, claim)
-        op, node, prev, next_, kind = decide(store, claim, slot)
-        source = (turn.id, *claim.span, claim.reliability)
-        # One operation per existing node and turn: else one sentence said twice would confirm itself.
-        if {prev, next_, node and node.id} & touched or (node and any(s[0] == turn.id for s in node.sources)):
-            continue
-        touched |= {prev, next_, node and node.id} - {None}
-        if op == "CONFIRM":
-            earliest = store.beliefs[node.prev].t_event if node.prev else ""
-            moved = {"t_event": claim.t_event} if earliest <= claim.t_event < node.t_event else {}
-            store.commit(op, [node.id], turn.id, source=source, **moved)
-        else:
-            old, text = store.beliefs.get(prev), claim.text
-            if op == "REFINE" and not set(words(old.text)) <= set(words(text)):
-                text = f"{old.text}; {text}"
-            because = re.search(r"\b(?:because|since|so that)\b (.+)", claim.text, re.I)
-            node = Belief(
-                store.new_id("b"), claim.layer, slot, claim.value, claim.polarity, text,
-                t_event=claim.t_event, t_seen=store.clock,
-                sources=(old.sources if op == "REFINE" else []) + [source], domain=domain_of(text),
-                tags=list(poles_of(text)) if claim.polarity == 1 else [], until=claim.until,
-                reason=because.group(1) if because else f"told {turn.t[:10]}" if old else "")
-            store.commit(op, [node.id], turn.id, node.reason, belief=asdict(node), prev=prev, next=next_,
-                         kind=kind)
-        ops.append((op, node.id))
-    return ops
-
-
-# ------------------------------------------------------------------ System2: while nobody is waiting
-# Thresholds for cue space, chosen on the development bank; the authors' 0.70 / 0.60 belong to dense vectors.
-BEHAVIOUR_ALIKE, CONTENT_UNLIKE = 0.5, 0.6
-WITHDRAWN = "(withdrawn: it rested on something the user asked to forget)"
-
-
-def two_stage_dbscan(vectors):
-    """Cluster rows by cosine: similarity 0.55, 3 members; those over 12 again at 0.75, 2. -> labels (n,).
-
-    Leftovers of the second stage join the nearest sub-cluster. Equal rows are clustered once, by weight: a
-    hundred thousand beliefs have few distinct behaviour vectors.
-    """
-    from sklearn.cluster import DBSCAN
-    rows, inverse, counts = np.unique(vectors, axis=0, return_inverse=True, return_counts=True)
-    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    labels = DBSCAN(eps=0.45, min_samples=3, metric="cosine").fit_predict(rows, sample_weight=counts)
-    for label in sorted(set(labels) - {-1}):
-        inside = np.flatnonzero(labels == label)
-        if counts[inside].sum() <= 12 or len(inside) < 2:
-            continue
-        stage2 = DBSCAN(eps=0.25, min_samples=2, metric="cosine")
-        sub = stage2.fit_predict(rows[inside], sample_weight=counts[inside])
-        centres = {k: rows[inside[sub == k]].mean(0) for k in sorted(set(sub) - {-1})}
-        if centres:
-            sub = [k if k >= 0 else max(centres, key=lambda c: rows[i] @ centres[c])
-                   for i, k in zip(inside, sub)]
-            labels[inside] = labels.max() + 1 + np.array(sub)
-    return labels[inverse.ravel()]
-
-
-def induce_rules(store, pool):
-    """Clusters in behaviour + domain space -> [(subject, domain, behaviour, text, vector, belief ids)].
-
-    Not over the words of raw sentences: word overlap groups sentence shapes, not habits.
-    """
-    pool = [b for b in pool if b.tags and b.domain]
-    # One column per pole, domain and person: two beliefs are near iff behaviour, domain and person agree.
-    columns = {name: i for i, name in enumerate([*POLES, *DOMAINS, *store.speakers])}
-    vectors = np.zeros((len(pool), len(columns)))
-    for row, b in zip(vectors, pool):
-        row[[columns[tag] for tag in b.tags]] = 1 / math.sqrt(len(b.tags))
-        row[[columns[b.domain], columns[b.slot[0]]]] = 1
-    groups = defaultdict(list)  # a cluster may chain two poles together; a schema has one
-    for label, b in zip(two_stage_dbscan(vectors) if pool else (), pool):
-        for pole in b.tags if label >= 0 else ():
-            groups[b.slot[0], b.domain, pole].append(b)
-    found = []
-    for (subject, domain, pole), beliefs in sorted(groups.items()):
-        tags = Counter(tag for b in beliefs for tag in b.tags)
-        vector = {tag: round(n / tags.total(), 4) for tag, n in sorted(tags.items())}
-        text = f"In {domain}, {called(subject)} {POLES[pole][1]}."
-        found.append((subject, domain, pole, text, vector, [b.id for b in beliefs]))
-    return found
-
-
-def name_core_rules(members):
-    """One sentence that explains why these habits go together; it names no domain, so that it never ages."""
-    behaviour = Counter(m.behaviour for m in members).most_common(1)[0][0]
-    return behaviour, f"In unrelated parts of life, {called(members[0].subject)} {POLES[behaviour][1]}."
-
-
-def called(subject):
-    return "the user" if subject == "user" else subject
-
-
-def refresh_schema(schema, store, x):
-    """Recount live support s against x opposite beliefs: confidence (s + 1) / (s + x + 2), and the status."""
-    allowed = sorted(i for i in schema.evidence if store.beliefs[i].status != "suppressed")
-    if len(allowed) < len(schema.evidence) and schema.behaviour not in POLES:
-        schema.text, allowed = WITHDRAWN, []  # a model's sentence may give away what was forgotten
-    schema.evidence, schema.live = allowed, [i for i in allowed if holds(store.beliefs[i])]
-    s = len({store.beliefs[i].slot for i in schema.live})  # a chain counts once, by its head
-    sessions = {store.turns[src[0]].session for i in schema.live for src in store.beliefs[i].sources}
-    schema.confidence = round((s + 1) / (s + x + 2), 4)
-    schema.status = ("dormant" if s < 2 else "forming" if s < 3 or len(sessions) < 2
-                     else "stable" if schema.confidence >= 0.65 else "contested")
-
-
-def holds(belief):
-    return belief.status == "active" and belief.polarity == 1
-
-
-def collisions(schemas, store):
-    """Pairs alike in behaviour, unlike in content, of one person, in different domains. NOT contradictions.
-
-    Nearest neighbours in behaviour space shortlist the pairs, so the sweep is not quadratic.
-    """
-    from sklearn.feature_extraction import DictVectorizer
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.neighbors import NearestNeighbors
-    cues = {w for cue, _ in CUES for w in cue.split()}
-
-    def content_words(schema):  # what is left without the behaviour words
-        said = [w for i in schema.live for w in words(store.beliefs[i].text) if w not in cues]
-        return said or [schema.domain]
-    content = TfidfVectorizer(analyzer=content_words).fit_transform(schemas)
-    behaviour = DictVectorizer().fit_transform([s.vector for s in schemas])
-    near = NearestNeighbors(n_neighbors=min(30, len(schemas)), metric="cosine").fit(behaviour)
-    pairs = set()
-    for i, row in enumerate(near.kneighbors(behaviour, return_distance=False)):
-        for j in map(int, row):
-            a, b = schemas[i], schemas[j]
-            if a.subject == b.subject and a.domain != b.domain:
-                both = [(a.vector.get(k, 0), b.vector.get(k, 0)) for k in {**a.vector, **b.vector}]
-                alike = sum(map(min, both)) / sum(map(max, both))  # weighted Jaccard
-                if alike >= BEHAVIOUR_ALIKE and (content[i] @ content[j].T).sum() < CONTENT_UNLIKE:
-                    pairs.add((min(i, j), max(i, j)))
-    return sorted(pairs)
-
-
-def collision_groups(n, pairs):
-    """Merge what is linked; drop who collides with less than half of the group: merging is transitive."""
-    group_of, linked = {i: [i] for i in range(n)}, {*pairs, *((j, i) for i, j in pairs)}
-    for i, j in pairs:
-        merged = sorted({*group_of[i], *group_of[j]})
-        group_of.update((k, merged) for k in merged)
-    for group in {id(group): group for group in group_of.values()}.values():
-        while len(group) > 1:
-            degree = {i: sum((i, j) in linked for j in group) for i in group}
-            worst = min(group, key=degree.get)
-            if degree[worst] >= (len(group) - 1) / 2:
-                yield group
-                break
-            group.remove(worst)
-
-
-def refresh_core(core, schemas):
-    """Evidence = union of the members'; confidence = the weaker of the two best members' domains."""
-    core.members = sorted(set(core.members))
-    core.evidence = sorted({i for m in core.members for i in schemas[m].evidence})
-    stable = (schemas[m] for m in core.members if schemas[m].status == "stable")
-    # Ascending, so that of the members of one domain the best one counts.
-    best = dict(sorted(((s.domain, s.confidence) for s in stable), key=lambda pair: pair[1]))
-    known = len(best) >= 2
-    core.status, core.confidence = ("stable", sorted(best.values())[-2]) if known else ("dormant", 0.0)
-    if any(schemas[m].text == WITHDRAWN for m in core.members):
-        core.text, core.status = WITHDRAWN, "dormant"
-
-
-def plan_schemas(store, now, induce):
-    """All schemas as they should be tonight: new ones, recounted ones, and which replaced its opposite."""
-    schemas = copy.deepcopy(store.schemas)
-    # The whole pool every night, not only what is uncited: the same store must give the same schemas.
-    pool = [b for b in store.beliefs.values() if holds(b) and b.slot[0] in store.speakers
-            and b.slot[1] not in ("maybe", "plan")]
-    for subject, domain, behaviour, text, vector, ids in induce(store, pool):
-        id_ = store.new_id("s", subject, domain, behaviour)
-        if id_ in schemas or len(ids) >= 2:
-            schema = schemas.setdefault(id_, Schema(id_, subject, domain, behaviour, text, now))
-            schema.text = text if schema.text == WITHDRAWN else schema.text
-            schema.vector, schema.evidence = vector, list({*schema.evidence, *ids})
-    # x of the confidence: live beliefs of the same person and domain that show the opposite behaviour.
-    shows = Counter((b.slot[0], b.domain, tag) for b in pool for tag in b.tags)
-    for schema in schemas.values():
-        refresh_schema(schema, store, shows[schema.subject, schema.domain, opposite(schema.behaviour)])
-    for new in schemas.values():
-        old = schemas.get(store.new_id("s", new.subject, new.domain, opposite(new.behaviour)))
-        if old and new.status == "stable" != old.status and (old.created, old.id) < (new.created, new.id):
-            if not (old.prev or old.next or new.prev or new.next):
-                new.prev, old.next = old.id, new.id
-    return schemas
-
-
-def plan_cores(store, now, schemas, name_core, sweep):
-    """All cores: what the sweep finds joins a known core or becomes one, and every core is recounted."""
-    cores = copy.deepcopy(store.cores)
-    stable = sorted((s for s in schemas.values() if s.status == "stable"), key=lambda s: s.id)
-    pairs = collisions(stable, store) if sweep and len(stable) >= 5 else []
-    for group in collision_groups(len(stable), pairs):
-        members = [stable[i] for i in group]
-        ids = {m.id for m in members}
-        known = [c for c in cores.values() if ids & set(c.members)]
-        if known:  # the core that shares most members, then the oldest: never whichever comes first
-            core = min(known, key=lambda c: (-len(ids & set(c.members)), c.created, c.id))
-        elif named := name_core(members):  # a null answer is allowed: no core
-            id_ = store.new_id("c", members[0].subject, named[0])
-            core = cores.setdefault(id_, Core(id_, members[0].subject, *named, now))
-        else:
-            continue
-        core.members += ids
-    for core in cores.values():
-        refresh_core(core, schemas)
-    return cores
-
-
-def plan_intentions(store, now):
-    intentions = copy.deepcopy(store.intentions)
-    slots = [s for who in store.speakers for s in store.members.get((who, "plan"), ())]
-    for belief in (b for slot in slots for b in store.chain(slot) if b.until):
-        id_ = store.new_id("i", belief.slot[0], key(belief.value), belief.until)
-        item = intentions.setdefault(id_, Intention(id_, belief.value, belief.until, []))
-        item.evidence = sorted({*item.evidence, belief.id})
-    for item in intentions.values():
-        item.evidence = [i for i in item.evidence if store.beliefs[i].status != "suppressed"]
-        alive = any(holds(store.beliefs[i]) for i in item.evidence)
-        item.status = "withdrawn" if not alive else "expired" if item.until < now[:10] else "open"
-    return intentions
-
-
-def plan_sleep(store, now, induce=induce_rules, name_core=name_core_rules, sweep=True):
-    """What System2 would change, as a dictionary; the store is only read. A pure function of (store, now)."""
-    schemas = plan_schemas(store, now, induce)
-    new = {"schemas": schemas, "cores": plan_cores(store, now, schemas, name_core, sweep),
-           "intentions": plan_intentions(store, now)}
-    return {kind: [asdict(n) for _, n in sorted(nodes.items()) if n != getattr(store, kind).get(n.id)]
-            for kind, nodes in new.items()}
-
-
-# ------------------------------------------------------------------ reader: words and links, no model
-ASK = {  # attribute -> how a question asks for it
-    "residence": r"\b(live|living|lived|home town|reside|moved? to|city|based)\b",
-    "employer": r"\b(work|employer|company|job)\b", "occupation": r"\b(occupation|profession|for a living)\b",
-    "diet": r"\bdiet\b", "age": r"\bhow old\b|\bage\b", "name": r"\bmy name\b",
-    "partner": r"\b(partner|married|dating)\b", "birthday": r"\bbirthday\b"}
-PAST = re.compile(r"\b(before|previous\w*|used to|former\w*|earlier|originally|did I (?:live|work))\b", re.I)
-CHANGE = re.compile(r"\bhow (?:did|has|have)\b.*\b(?:chang|evolv|develop)|\bhistory of\b|\bover time\b", re.I)
-COMING = re.compile(r"\b(coming up|upcoming|my plans|planned|next (?:week|month)|ahead of me)\b", re.I)
-SHARES = {"profile": 0.1, "identity": 0.2, "schema": 0.2, "intention": 0.1}  # of the budget; the rest: facts
-SCHEMA_LINES = 4  # with a channel of their own: the authors' quota of 40 % of ten profile lines
-
-
-@dataclass
-class Line:
-    """One line of context. `entries` are its dated statements, for whoever reads by program."""
-    id: str
-    channel: str
-    text: str
-    t: str
-    entries: list = None  # [(date, text)]; by default the line itself
-
-    def __post_init__(self):
-        self.entries = self.entries or [(self.t, self.text)]
-
-    def __str__(self):
-        return f"[{self.id}] {self.text}"
-
-    @functools.cached_property
-    def cost(self):
-        return count_tokens(str(self))
-
-
-Recall = namedtuple("Recall", "lines text ids")
-
-
-def rank_turns(store, question, now, k=100):
-    """Raw turns by relevance: [(score, turn id)], best first, at most k.
-
-    BM25, then what a memory knows beyond the words of a turn: what stands next to it (an answer seldom
-    repeats the words of the question before it), how well its session fits, who spoke, and when.
-    """
-    if not store.turns:
-        return []
-    asked = re.findall(r"\w+", question.lower())
-    people = [i for i, s in enumerate(store.speakers) if s.lower() in asked]
-    names = {stem(store.speakers[i].lower()) for i in people}  # in a turn it is mostly the *other* who calls
-    query = Counter(w for w in words(DATE.sub(" ", question)) if w not in names) or Counter(words(question))
-    base = store.turn_index.scores(query, b=0.5)
-    session, speaker, day = (np.array(store.columns[c]) for c in ("session", "speaker", "day"))
-    scores, same = base.copy(), session[1:] == session[:-1]
-    scores[1:] += 0.5 * base[:-1] * same
-    scores[:-1] += 0.1 * base[1:] * same
-    best = np.zeros(session.max() + 1)
-    np.maximum.at(best, session, base)
-    scores += 0.2 * best[session] * (scores > 0)
-    if people:  # mild: questions also ask what somebody said *about* a person
-        scores *= np.where(np.isin(speaker, people), 1.2, 1.0)
-    if window := date_window(question, now):  # people tell things in the days after they happened
-        first, last = (date.fromisoformat(d).toordinal() for d in window)
-        scores *= np.where((day >= first) & (day <= last + 14), 1.5, 1.0)
-    keys = store.turn_index.keys
-    return [(float(scores[i]), keys[i]) for i in best_of(scores, k) if keys[i] not in store.hidden]
-
-
-def best_of(scores, k):
-    """Indices of the k best positive scores, best first, later ones first on a tie."""
-    top = np.argpartition(-scores, k)[:k] if len(scores) > k else np.arange(len(scores))
-    return sorted((int(i) for i in top if scores[i] > 0), key=lambda i: (-scores[i], -i))
-
-
-def top_beliefs(store, question, k=200):
-    """Beliefs by BM25 over their words, superseded ones included: any member brings its chain."""
-    keys, scores = store.belief_index.keys, store.belief_index.scores(Counter(words(question)))
-    return [store.beliefs[keys[i]] for i in best_of(scores, k)]
-
-
-def people_in(store, question):
-    """Speakers and relatives whom the question names; nobody named means the first speaker."""
-    asked = set(re.findall(r"\w+", question.lower()))
-    others = dict.fromkeys(subject for subject, _ in store.members if subject not in store.speakers)
-    named = [s for s in [*store.speakers, *others] if s.split("'s ")[-1].lower() in asked]
-    return named or store.speakers[:1]
-
-
-def asked_about(question):
-    """Single-valued attributes that a question is about."""
-    favourites = re.findall(r"\bfavou?rite (\w+)", question, re.I)
-    return [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)] + [
-        f"favorite {thing.lower()}" for thing in favourites]
-
-
-def visible_schemas(store, now):
-    """Schemas and cores as far as their support is alive *now*: `observe` never touches them."""
-    def alive(schema):
-        beliefs = [store.beliefs[i] for i in schema.evidence]
-        return (schema.status == "stable" and len({b.slot for b in beliefs if holds(b)}) >= 2
-                and all(b.status != "suppressed" for b in beliefs))
-
-    def rank(node):  # decay is applied while reading: stored, it would depend on how often System2 runs
-        seen = max(store.beliefs[i].t_seen for i in node.evidence)
-        idle = (date.fromisoformat(now[:10]) - date.fromisoformat(seen[:10])).days
-        return -node.confidence * 2 ** (-max(0, idle) / 180), node.id
-    schemas = sorted((s for s in store.schemas.values() if alive(s)), key=rank)
-    domain = {s.id: s.domain for s in schemas}
-    cores = [c for c in store.cores.values()
-             if c.status == "stable" and len({domain[m] for m in c.members if m in domain}) >= 2]
-    return schemas, sorted(cores, key=rank)
-
-
-def chain_line(store, slot):
-    """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; no suppressed nodes."""
-    chain, entries = store.visible(slot), []
-    for b in chain:
-        text = b.text if b.link_kind == "refine" else b.value or "none"
-        text = f"no longer {text}" if b.polarity < 1 and b.value else text
-        entries.append((b.t_event, text, ", current" if b.status == "active" else ""))
-    if len(chain) < 2:
-        return Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event) if chain else None
-    steps = " → ".join(f"{text} ({t[:10]}{mark})" for t, text, mark in entries)
-    entries = [(t, text + mark) for t, text, mark in entries]
-    return Line(b.id, "fact", f"{slot[0]} {slot[1]}: {steps}", b.t_event, entries)
-
-
-def recall(store, question, now, budget=800, schemas=True, sweep=True, separate=False):
-    """Question -> Recall within `budget` tokens. Every line carries the id to ask `why` about.
-
-    `separate=True` gives schemas and cores a channel of their own, four lines on top of the budget, as in
-    the authors' reader; else they take their share and displace facts.
-    """
-    wanted, size = {c: [] for c in (*SHARES, "fact", "newest")}, 0
-    # 1. What to show: chains of the attribute asked about, then word hits, then the profile, then the newest.
-    asked = asked_about(question)
-    hits = [b.slot for b in top_beliefs(store, f"{question} {' '.join(asked)}")]
-    named = [(p, a, None) for a in (*asked, *sorted(SINGLE)) for p in people_in(store, question)]
-    found = dict.fromkeys(s for s in (*named[:len(asked)], *hits, *named) if s in store.heads)
-    newest = [b.slot for b in list(store.beliefs.values())[-50:][::-1]]  # so that something is always found
-    for slot in dict.fromkeys([*found, *newest]):
-        if line := chain_line(store, slot):
-            profile = "profile" if slot[2] is None and slot[1] not in asked else "fact"
-            line.channel = ("newest" if slot not in found
-                            else "identity" if store.head(slot).layer == "identity" else profile)
-            wanted[line.channel].append(line)
-            size += line.cost
-            if size > 3 * budget:  # more could not fit, whatever the shares leave over
-                break
-    # 2. Schemas of the question's own domain come first; where it has none, cores speak for it.
-    if schemas:
-        found, cores = visible_schemas(store, now)
-        own = [s for s in found if s.domain == domain_of(question)]
-        nodes = own + (cores if sweep else []) + [s for s in found if s not in own]
-        wanted["schema"] = [Line(n.id, "schema", n.text, n.created) for n in nodes]
-    # 3. What is coming up; `until` is compared with `now`, so a lapsed plan is never shown as one.
-    for item in sorted(store.intentions.values(), key=lambda i: (i.until, i.id)):
-        alive = any(holds(store.beliefs[b]) for b in item.evidence)
-        if item.status == "open" and item.until >= now[:10] and alive:
-            text = f"planned until {item.until}: {item.text}"
-            wanted["intention"].append(Line(item.id, "intention", text, item.until))
-    return assemble(store, wanted, question, now, budget, separate)
-
-
-def assemble(store, wanted, question, now, budget, separate):
-    """Fill the shares, whole lines only; the rest flows to facts, raw turns, then the newest facts."""
-    chosen, left = {}, budget
-
-    def spend(lines, tokens):
-        for line in lines:
-            if line.id not in chosen and line.cost <= tokens:
-                chosen[line.id] = line
-                tokens -= line.cost
-        return tokens
-    if separate:
-        chosen.update((n.id, n) for n in wanted["schema"][:SCHEMA_LINES])
-    # Small fixed shares first, so that a hundred matching facts cannot push the profile or a plan out.
-    for channel, share in SHARES.items():
-        share = int(budget * share)
-        left -= 0 if separate and channel == "schema" else share - spend(wanted[channel], share)
-    left = spend(wanted["fact"], left)
-    cited = {s[0] for i in chosen if i in store.beliefs for s in store.beliefs[i].sources}
-    turns = [store.turns[i] for _, i in rank_turns(store, question, now, 50) if i not in cited]
-    left = spend([Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t) for t in turns], left)
-    spend(wanted["newest"], left)
-
-    def order(line):  # cores, schemas, profile and identity, then everything else by time
-        kind = line.id.split("/")[-1][0]
-        rank = 2 if line.channel in ("profile", "identity") else 3
-        return {"c": 0, "s": 1}.get(kind, rank), line.t, line.id
-    lines = sorted(chosen.values(), key=order)
-    return Recall(lines, "\n".join(map(str, lines)), [n.id for n in lines])
-
-
-def as_of(store, slot, t):
-    """What held on day `t`: the last node whose event time is not after it. None before the first."""
-    return next((b for b in store.visible(slot)[::-1] if b.t_event[:10] <= t[:10]), None)
-
-
+# ------------------------------------------------------------------ rule answers, and the backend as a whole
 def answer_rules(store, question, now):
     """An answer from the chains, or the best line of context, or "I don't know". -> (text, ids)."""
     lines = recall(store, question, now).lines
@@ -1160,171 +1355,8 @@ def answer_from_chain(store, slot, chain, question, now):
     return head.value if head.polarity == 1 else f"No longer {head.value}".strip(), [head.id]
 
 
-# ------------------------------------------------------------------ the facade
-class Memory:
-    """One memory for many users, each with a store of their own. `backend`: None for rules, or an LLM."""
-
-    def __init__(self, backend=None):
-        self.stores, self.backend = {}, backend
-        self.claims = Counter()  # True: claims that hit a frame, False: kept as free facts
-
-    def store(self, user="user"):
-        return self.stores.setdefault(user, Store(user))
-
-    def observe(self, text, t, session="s1", speaker="user", user="user"):
-        """System1, in the write: keep the raw turn first, then extract, reconcile, apply. -> [(op, id)]."""
-        date.fromisoformat(t[:10])  # a bad date is refused before anything is kept
-        store = self.store(user)
-        turn = Turn(store.new_id("t"), session, speaker, text, t)
-        store.commit("RAW", [turn.id], turn.id, turn=asdict(turn))
-        claims, forget = self.backend.extract(store, turn) if self.backend else extract_rules(turn)
-        if claims is None:  # the model gave nothing usable: the turn is kept, the failure is on record
-            store.commit("FAILED", [turn.id], turn.id, "no usable answer from the model")
-        self.claims.update(c.attribute not in ("event", "maybe") for c in claims or ())
-        ops = write_claims(store, turn, claims or ())
-        return ops + [("SUPPRESS", i) for what in forget for i in self.forget(what, user, turn.id)]
-
-    def forget(self, what, user="user", turn=""):
-        """Suppress every belief that holds all content words of `what`: nodes and links stay, unseen."""
-        store, need = self.store(user), set(words(what))
-        if not need:
-            return []
-        ids = [b.id for b in store.beliefs.values() if b.status != "suppressed"
-               and need <= set(words(f"{b.slot[0]} {b.value} {b.text}"))]
-        hide = {t.id for t in store.turns.values() if need <= set(words(t.text))} | {turn} - {""}
-        store.commit("SUPPRESS", ids, turn, "asked to forget", hide=sorted(hide))
-        return ids
-
-    def sleep(self, now, user="user", sweep=True):
-        """System2, all or nothing: first the whole plan, then one event; no change, no event."""
-        store, b = self.store(user), self.backend
-        plan = plan_sleep(store, now, *((b.induce, b.name_core) if b else ()), sweep=sweep)
-        if any(plan.values()):
-            ids = [n["id"] for nodes in plan.values() for n in nodes]
-            store.commit("SLEEP", ids, reason=f"night of {now[:10]}", **plan)
-
-    def recall(self, question, now, budget=800, user="user", **switches):
-        return recall(self.store(user), question, now, budget, **switches)
-
-    def answer(self, question, now, user="user"):
-        """-> (text, ids that it rests on)."""
-        if not self.backend:
-            return answer_rules(self.store(user), question, now)
-        context = self.recall(question, now, user=user)
-        return self.backend.answer(context.text, question), context.ids
-
-    def trail(self, slot, user="user"):
-        return self.store(user).chain(slot)
-
-    def as_of(self, slot, t, user="user"):
-        return as_of(self.store(user), slot, t)
-
-    def why(self, id_, user="user"):
-        """core -> schemas -> beliefs -> the verbatim span of the raw turn, as a nested dictionary."""
-        store = self.store(user)
-        kinds = (store.cores, store.schemas, store.intentions, store.beliefs, store.turns)
-        node = next((kind[id_] for kind in kinds if id_ in kind), None)
-        if node is None:
-            raise DcpmError(f"there is no record {id_!r}; recall(...).ids lists the ids you can ask about")
-        if id_ in store.hidden or getattr(node, "status", "") == "suppressed":
-            return {"id": id_, "text": "(forgotten on request)", "because": []}
-        if id_ in store.beliefs:
-            spans = [(store.turns[turn], start, end) for turn, start, end, _ in node.sources]
-            below = [{"id": t.id, "t": t.t, "text": t.text[a:b], "because": []} for t, a, b in spans]
-        else:
-            below = [self.why(i, user) for i in getattr(node, "members", getattr(node, "evidence", []))]
-        return {"id": id_, "text": node.text, "because": below}
-
-    def check(self):
-        """What is broken, as sentences; [] when all invariants of all users hold. Replays every log."""
-        return [f"{user}: {problem}" for user, store in self.stores.items() for problem in check_store(store)]
-
-    def save(self, path):
-        """The audit logs as JSON, written beside the target and moved over it: a crash spoils nothing."""
-        users = {user: store.log for user, store in self.stores.items()}
-        handle, name = tempfile.mkstemp(dir=Path(path).parent, prefix=Path(path).name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": "dcpm-1", "users": users}, file, ensure_ascii=False, default=vars)
-        os.replace(name, path)
-
-    @classmethod
-    def load(cls, path, backend=None):
-        memory = cls(backend)
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["format"] != "dcpm-1":
-                raise ValueError("unknown format")
-            for user, log in data["users"].items():
-                memory.stores[user] = replay([Event(**e) for e in log], user)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise DcpmError(f"{path} is not a memory saved by dcpm.py ({error}); restore a copy") from error
-        return memory
-
-    def dump(self, user="user"):
-        """The whole memory as text for people."""
-        store = self.store(user)
-        lines = [chain_line(store, slot) for slots in store.members.values() for slot in slots]
-        out = [f"{len(store.turns)} turns, {len(store.beliefs)} beliefs", *(f"  {n}" for n in lines if n)]
-        for node in [*store.schemas.values(), *store.cores.values(), *store.intentions.values()]:
-            out.append(f"  [{node.id}] {node.text} ({node.status})")
-        return "\n".join(out)
-
-
-def replay(log, user="user"):
-    """Audit log -> store."""
-    store = Store(user)
-    for event in log:
-        store.apply(event)
-        store.log.append(event)
-    return store
-
-
-def snapshot(store):
-    """Everything a store holds, its log included, as one comparable string."""
-    kinds = (store.turns, store.beliefs, store.schemas, store.cores, store.intentions, store.log)
-    rest = (sorted(store.hidden), list(store.heads.values()), list(store.members.values()), store.speakers)
-    return json.dumps([kinds, rest], sort_keys=True, default=vars)
-
-
-def check_store(store):
-    """The invariants of one store; those about schemas hold after each sleep."""
-    bad, b = [], store.beliefs
-
-    def refuse(broken, sentence):
-        bad.extend([sentence] if broken else [])
-    for n in b.values():
-        p, after = b.get(n.prev), b.get(n.next)
-        refuse((p and p.next != n.id) or (after and after.prev != n.id) or n.id in (n.prev, n.next),
-               f"links of {n.id} are not mutual")
-        refuse(p and n.link_kind == "supersede" and (key(p.value), p.polarity) == (key(n.value), n.polarity),
-               f"{n.id} supersedes an equal claim")
-        refuse(p and p.t_event > n.t_event, f"{n.id} is older than its predecessor")
-        refuse((n.status == "active") != (n.next is None and n.status != "suppressed"),
-               f"status of {n.id} is {n.status}")
-        spans = [(store.turns.get(turn), start, end) for turn, start, end, _ in n.sources]
-        refuse(not spans or any(t is None or not 0 <= start < end <= len(t.text) for t, start, end in spans),
-               f"{n.id} has no source, or one outside its turn")
-    heads = Counter(n.slot for n in b.values() if n.next is None)
-    for slot, count in Counter(n.slot for n in b.values()).items():
-        refuse(heads[slot] != 1 or len(store.chain(slot)) != count or store.head(slot).next,
-               f"{slot}: {heads[slot]} heads, {len(store.chain(slot))} of {count} nodes in reach")
-    if store.log and store.log[-1].op == "SLEEP":
-        for node in [*store.schemas.values(), *store.cores.values(), *store.intentions.values()]:
-            forgotten = any(b[i].status == "suppressed" for i in node.evidence)
-            refuse(forgotten, f"{node.id} rests on something forgotten")
-        for s in (s for s in store.schemas.values() if s.status == "stable"):
-            sessions = {store.turns[src[0]].session for i in s.live for src in b[i].sources}
-            refuse(len({b[i].slot for i in s.live if holds(b[i])}) < 3 or len(sessions) < 2,
-                   f"schema {s.id} is stable on {len(s.live)} beliefs of {len(sessions)} sessions")
-    for c in store.cores.values():
-        members = [store.schemas[m] for m in c.members]
-        refuse(c.status == "stable" and len({m.domain for m in members if m.status == "stable"}) < 2,
-               f"core {c.id} does not rest on two domains")
-        refuse(c.evidence != sorted({i for m in members for i in m.evidence}),
-               f"evidence of core {c.id} is not the union of its members'")
-    again = replay(store.log, store.user)
-    refuse(snapshot(again) != snapshot(store), "replaying the log gives another store")
-    return bad
+RULES = SimpleNamespace(extract=lambda store, turn: extract_rules(turn), induce=induce_rules,
+                        name_core=name_core_rules, answer=answer_rules)
 
 
 # ------------------------------------------------------------------ LLM backend: the same jobs, a chat model
@@ -1508,12 +1540,15 @@ class LLM:
         lines = "\n".join(f"{m.domain}: {m.text}" for m in members)
         return self.ask("core", CORE.format(schemas=lines), check)
 
-    def answer(self, context, question):
+    def answer(self, store, question, now):
+        """-> (text, ids of the context)."""
         self.calls += 1
-        prompt = ANSWER.format(context=context or "(nothing)", question=question)
-        return self.chat([[{"role": "user", "content": prompt}]])[0] or "no information"
+        context = recall(store, question, now)
+        prompt = ANSWER.format(context=context.text or "(nothing)", question=question)
+        return self.chat([[{"role": "user", "content": prompt}]])[0] or "no information", context.ids
 
 
+# ================================================================== PART 3: EXPERIMENTS
 # ------------------------------------------------------------------ the miniature benchmark
 # No phrase names its pole. Per pole: three phrases for the history, then one for answer options only.
 SCENES = {

@@ -1,8 +1,12 @@
 """One cache folder for the whole session, so that each tiny model is fitted once."""
+import json
 import os
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -16,7 +20,8 @@ def session_cache(tmp_path_factory):
     # TEST_CACHE: a folder of your own, to keep the fits between runs
     folder = os.environ.get("TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
     os.environ["XDG_CACHE_HOME"] = folder
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for scripts run as processes of their own
+    huggingface_hub.constants.HF_HUB_OFFLINE = False  # here: offline, not even our own `Server` would be reached
     return folder
 
 
@@ -32,3 +37,45 @@ def refused(capsys):
         assert message.startswith("error: ") and message.count("\n") == 1, message
         return message
     return call
+
+
+class Server:
+    """OpenAI-compatible, on the loopback device; `behave(body, count)` -> (status, text, finish reason)."""
+
+    def __init__(self, behave):
+        self.requests, lock = [], threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(handler):
+                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                with lock:
+                    self.requests.append((handler.path, body, handler.headers.get("Authorization")))
+                    count = len(self.requests)
+                status, text, reason = behave(body, count)
+                choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+                usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+                good = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
+                        "usage": usage}
+                reply = json.dumps(good if status == 200 else {"error": "no"}).encode()
+                try:
+                    handler.send_response(status)
+                    handler.send_header("Content-Type", "application/json")
+                    handler.send_header("Content-Length", str(len(reply)))
+                    handler.end_headers()
+                    handler.wfile.write(reply)
+                except OSError:
+                    pass  # the client has lost patience
+
+            def log_message(handler, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()

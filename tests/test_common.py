@@ -467,7 +467,8 @@ def test_real_formats(tmp_path):
     assert {t.messages[0]["content"][:2] for t in train} <= {"q1", "q2"}
 
 
-def test_bad_data_is_refused_in_one_sentence(tmp_path, refused):
+def test_bad_data_is_refused_in_one_sentence(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else the hub is asked for 20 seconds
     good = '{"question": "q", "answer": "1"}\n'
     assert "no file" in refused(common.load_tasks, str(tmp_path / "missing.jsonl"), 1)
     assert "line 2" in refused(common.load_tasks, write(tmp_path / "a.jsonl", good + '{"question": "tru'), 1)

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dcpm
+from conftest import Server
 
 LOCOMO = [{"sample_id": "two", "conversation": {
     "speaker_a": "Ada", "speaker_b": "Bo",
@@ -102,6 +103,26 @@ def test_personamem_v2(tmp_path):
     assert question.options["abcd".index(question.answer)].endswith("yoga") and "snippet only" in samples[0].name
     assert [t[3] for t in samples[0].turns] == ["I love yoga."]
     assert [t[3] for t in dcpm.load_corpus(str(tmp_path / "v2.json"))[1].turns] == ["I love golf."]
+
+
+def test_a_server_as_backend(tmp_path, capsys):
+    """Over HTTP, from the command line to the scores: it extracts, once it breaks off, it answers; or it is gone."""
+    def behave(body, count):
+        prompt = body["messages"][-1]["content"]
+        if "New message by Ada" in prompt and "Lima" in prompt.split("<message>")[1]:
+            found = {"subject": "Ada", "attribute": "residence", "value": "Lima", "text": "Ada lives in Lima.", "quote": "Lima"}
+            return 200, json.dumps({"claims": [found]}), "stop"
+        if "New message" in prompt or "Not usable" in prompt:
+            return 200, '{"claims": [', "length"
+        return 200, "no information", "stop"
+    flags = ["--data", put(tmp_path / "l.json", LOCOMO), "--backend", "llm", "--model_name", "m"]
+    with Server(behave) as server:
+        dcpm.main([*flags, "--model", server.url])
+    out = capsys.readouterr().out
+    assert "4 turns, 1 beliefs" in out and "failures after 3 tries {'extract': 3}" in out
+    assert "answers, adversarial                    1.000" in out
+    assert {body["model"] for _, body, _ in server.requests} == {"m"}
+    assert {body["temperature"] for _, body, _ in server.requests} == {0.0}
 
 
 @pytest.mark.parametrize("name, content", [("a.json", "[{"), ("a.json", "[]"), ("a.json", '[{"x": 1}]'), ("a.json", "3"),

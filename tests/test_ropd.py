@@ -6,10 +6,8 @@ import random
 import re
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ import torch
 import common
 import ropd
 from common import Task
+from conftest import Server
 from ropd import JudgeError, Rubric
 from stress_judge import mutations, rubric_text, verdict_text
 
@@ -508,47 +507,6 @@ def test_script_runs_as_a_program(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- a server
-class Server:
-    """OpenAI-compatible, on the loopback device; `behave(body, count)` -> (status, text, finish reason)."""
-
-    def __init__(self, behave):
-        self.requests, lock = [], threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(handler):
-                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                with lock:
-                    self.requests.append((handler.path, body, handler.headers.get("Authorization")))
-                    count = len(self.requests)
-                status, text, reason = behave(body, count)
-                choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
-                usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-                reply = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m",
-                                    "choices": [choice], "usage": usage} if status == 200 else {"error": "no"}).encode()
-                try:
-                    handler.send_response(status)
-                    handler.send_header("Content-Type", "application/json")
-                    handler.send_header("Content-Length", str(len(reply)))
-                    handler.end_headers()
-                    handler.wfile.write(reply)
-                except OSError:
-                    pass  # the client has lost patience
-
-            def log_message(handler, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-
 HELLO = [[{"role": "user", "content": "hello"}]]
 
 
@@ -577,13 +535,16 @@ def test_server_that_answers_badly(script, answer, requests):
     assert len(server.requests) == requests and len(naps) == requests - 1 and naps == sorted(naps)
 
 
-def test_server_that_is_slow_or_gone():
+def test_server_that_is_slow_or_gone(refused):
     def slow(body, count):
         time.sleep(1.0 if count == 1 else 0)
         return 200, "late", "stop"
     with Server(slow) as server:
-        assert common.chat_backend(server.url, "m", timeout=0.3, retries=2, sleep=lambda s: None)(HELLO) == ["late"]
-    assert common.chat_backend(server.url, "m", timeout=1, retries=1, sleep=lambda s: None)(HELLO) == [None]
+        chat = common.chat_backend(server.url, "m", timeout=0.3, retries=2, sleep=lambda s: None)
+        assert chat(HELLO) == ["late"]
+    assert chat(HELLO) == [None]  # gone in the middle of a run: this conversation is lost, the run goes on
+    never = common.chat_backend(server.url, "m", timeout=1, retries=1, sleep=lambda s: None)
+    assert "gives no answer" in refused(never, HELLO)
 
 
 def test_server_keeps_order_in_threads():

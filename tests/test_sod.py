@@ -172,6 +172,17 @@ def test_oracle_follows_errors_and_recoveries():
 
 
 # -------------------------------------------------------------------------------------- the scripts
+@pytest.fixture(scope="module", autouse=True)
+def smaller_fits():
+    """Half the fits and half of the teacher's GRPO: same shapes and same code, in half the time."""
+    fit, demonstrations, improve = common.fit_tiny, sod.demonstrations, sod.improve.__defaults__
+    common.fit_tiny = lambda *args, steps, **rest: fit(*args, steps=steps // 2, **rest)
+    sod.demonstrations = lambda tok, n, *rest, **more: demonstrations(tok, n // 2, *rest, **more)
+    sod.improve.__defaults__ = (20,)
+    yield
+    common.fit_tiny, sod.demonstrations, sod.improve.__defaults__ = fit, demonstrations, improve
+
+
 SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "16", "--show_every", "0"]
 
 
