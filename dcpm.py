@@ -2008,7 +2008,8 @@ def evidence_recall(sample, memory, ids):
     for q, gold in asked:
         scores = {"TF-IDF": tfidf(q.text), "BM25": bm25.scores(Counter(re.findall(r"\w+", q.text.lower())))}
         order = {name: [refs[i] for i in np.argsort(-x, kind="stable")] for name, x in scores.items()}
-        order["DCPM"] = [back[i] for _, i in rank_turns(memory.store(), q.text, q.now)]
+        best = [back[i] for _, i in rank_turns(memory.store(), q.text, q.now)]
+        order["DCPM"] = [*best, *(ref for ref in refs if ref not in best)]  # the others list all turns, too
         for name, found in order.items():
             out[q.category, name].append([len(gold & set(found[:k])) / len(gold) for k in (5, 10, 20)])
     return out
