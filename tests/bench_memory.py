@@ -10,12 +10,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dcpm
 
-VERBS = "saw met painted heard wrote visited fixed cleaned drew found lost sold kept moved opened closed".split()
+VERBS = ("saw met painted heard wrote visited fixed cleaned drew found "
+         "lost sold kept moved opened closed").split()
 THINGS = [f"{a} {b}" for a in "old red green tall quiet narrow heavy early".split()
           for b in "bridge lamp door river story engine garden letter window market harbour violin".split()]
 SCENES = ("dinner", "trip", "meeting", "concert", "race", "lawn", "exam", "wedding")
-QUESTIONS = ("Where do I live?", "What did I paint last month?", "Where did I live before City7?", "How do I prepare a trip?",
-             "Which narrow bridge did I visit near number 4711?")
+QUESTIONS = ("Where do I live?", "What did I paint last month?", "Where did I live before City7?",
+             "How do I prepare a trip?", "Which narrow bridge did I visit near number 4711?")
 
 
 def turn(rng, n):
@@ -30,11 +31,13 @@ def turn(rng, n):
 
 def main(largest):
     rng, memory, n = random.Random(0), dcpm.Memory(), 0
-    print(f"{'turns':>8} {'beliefs':>8} {'turns/s':>9} {'recall ms (median of 15)':>26} {'worst':>7} {'sleep s':>8} {'again s':>8}")
+    print(f"{'turns':>8} {'beliefs':>8} {'turns/s':>9} {'recall ms (median of 15)':>26} {'worst':>7}"
+          f" {'sleep s':>8} {'again s':>8}")
     for size in (s for s in (1000, 10000, 100000) if s <= largest):
         first, start = n, time.perf_counter()
         while n < size:
-            memory.observe(turn(rng, n), f"{2000 + n // 5000}-{n // 400 % 12 + 1:02d}-{n // 20 % 20 + 1:02d}", f"s{n // 20}")
+            day = f"{2000 + n // 5000}-{n // 400 % 12 + 1:02d}-{n // 20 % 20 + 1:02d}"
+            memory.observe(turn(rng, n), day, f"s{n // 20}")
             n += 1
         rate = (n - first) / (time.perf_counter() - start)
         nights = []
@@ -48,7 +51,8 @@ def main(largest):
             memory.recall(question, "2030-01-01")
             times.append(1000 * (time.perf_counter() - start))
         times.sort()
-        print(f"{n:8} {len(memory.store().beliefs):8} {rate:9.0f} {times[len(times) // 2]:26.1f} {times[-1]:7.1f}"
+        print(f"{n:8} {len(memory.store().beliefs):8} {rate:9.0f}"
+              f" {times[len(times) // 2]:26.1f} {times[-1]:7.1f}"
               f" {nights[0]:8.2f} {nights[1]:8.2f}", flush=True)
 
 

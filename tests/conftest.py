@@ -21,7 +21,8 @@ def session_cache(tmp_path_factory):
     folder = os.environ.get("TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
     os.environ["XDG_CACHE_HOME"] = folder
     os.environ["HF_HUB_OFFLINE"] = "1"  # for scripts run as processes of their own
-    huggingface_hub.constants.HF_HUB_OFFLINE = False  # here: offline, not even our own `Server` would be reached
+    # here: offline, not even our own `Server` would be reached
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
     return folder
 
 
@@ -52,10 +53,11 @@ class Server:
                     self.requests.append((handler.path, body, handler.headers.get("Authorization")))
                     count = len(self.requests)
                 status, text, reason = behave(body, count)
-                choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+                message = {"role": "assistant", "content": text}
+                choice = {"index": 0, "message": message, "finish_reason": reason}
                 usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-                good = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
-                        "usage": usage}
+                good = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
+                        "choices": [choice], "usage": usage}
                 reply = json.dumps(good if status == 200 else {"error": "no"}).encode()
                 try:
                     handler.send_response(status)

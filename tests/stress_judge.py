@@ -1,4 +1,5 @@
-"""Mutated judge replies: each becomes a valid object or a JudgeError, never another exception or a wrong total.
+"""Mutated judge replies: each becomes a valid object or a JudgeError,
+never another exception or a wrong total.
 
     python tests/stress_judge.py [COUNT]        100,000 by default, about half a minute
 """
@@ -11,14 +12,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ropd
 
-ODD = [None, True, False, 0, 1, -1, 6, 3.0, 2.5, float("nan"), float("inf"), 10**30, "", "true", "3", "c1", " ", "\ud800",
-       "\x1b[2J", [], {}, [[]], [True], "x" * 5000]
+ODD = [None, True, False, 0, 1, -1, 6, 3.0, 2.5, float("nan"), float("inf"), 10**30,
+       "", "true", "3", "c1", " ", "\ud800", "\x1b[2J", [], {}, [[]], [True], "x" * 5000]
 PIECES = ["{", "}", "[", "]", '"', ",", ":", "\\", "\0", "é", "<think>", "</think>", "```"]
 
 
 def rubric_text(k: int) -> str:
-    items = [{"criterion_id": f"c{i + 1}", "category": "General Reasoning", "criterion": f"Says {i}.", "points": 1 + i % 5}
-             for i in range(k)]
+    items = [{"criterion_id": f"c{i + 1}", "category": "General Reasoning",
+              "criterion": f"Says {i}.", "points": 1 + i % 5} for i in range(k)]
     return json.dumps({"schema_version": "ropd.rubric.v1", "rubrics": items,
                        "maximum_score": sum(i["points"] for i in items)})
 
@@ -59,7 +60,8 @@ def mutate(rng, text: str) -> str:
         elif action == 2:
             text = text[:at] + text[at + rng.randint(1, 9):]
         elif action == 3:
-            text = rng.choice(["Sure: ", "```json\n", "{} ", "<think>{</think>", "\ufeff"]) + text + " done {}"
+            before = rng.choice(["Sure: ", "```json\n", "{} ", "<think>{</think>", "\ufeff"])
+            text = before + text + " done {}"
         elif action == 4:
             text += text
         else:
@@ -82,7 +84,8 @@ def check_verdicts(text, count, points) -> None:
     assert len(verdicts) == count and 0 <= wrong <= count
     for verdict in verdicts:
         assert len(verdict) == len(points) and all(type(v) is bool for v in verdict)
-        assert ropd.rubric_reward(points, verdict) == sum(p * v for p, v in zip(points, verdict)) / sum(points)
+        earned = sum(p * v for p, v in zip(points, verdict))
+        assert ropd.rubric_reward(points, verdict) == earned / sum(points)
 
 
 def mutations(count: int, seed: int) -> Counter:

@@ -468,7 +468,8 @@ def test_real_formats(tmp_path):
 
 
 def test_bad_data_is_refused_in_one_sentence(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else the hub is asked for 20 seconds
+    # else the hub is asked for 20 seconds
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     good = '{"question": "q", "answer": "1"}\n'
     assert "no file" in refused(common.load_tasks, str(tmp_path / "missing.jsonl"), 1)
     assert "line 2" in refused(common.load_tasks, write(tmp_path / "a.jsonl", good + '{"question": "tru'), 1)

@@ -33,7 +33,8 @@ def ops(memory):
 def test_01_one_claim_one_node():
     memory = tell("I live in Paris.")
     (node,) = memory.trail(HOME)
-    assert (node.value, node.prev, node.next, len(node.sources), node.status) == ("Paris", None, None, 1, "active")
+    assert (node.value, node.prev, node.next) == ("Paris", None, None)
+    assert (len(node.sources), node.status) == (1, "active")
 
 
 def test_02_a_move_supersedes():
@@ -100,8 +101,9 @@ def test_10_somebody_else():
     assert memory.answer("Where does my sister live?", "2024-06-01")[0] == "Oslo"
 
 
-@pytest.mark.parametrize("text", ["Maybe I'll move to Rome.", "Do you think I live in Rome?", '"I live in Rome," said the hero.',
-                                  "If I lived in Rome I would walk more.", "I might move to Rome."])
+@pytest.mark.parametrize("text", [
+    "Maybe I'll move to Rome.", "Do you think I live in Rome?", '"I live in Rome," said the hero.',
+    "If I lived in Rome I would walk more.", "I might move to Rome."])
 def test_11_12_no_chain_is_touched(text):
     memory = tell("I live in Paris.", text)
     assert values(memory) == ["Paris"] and len(memory.store().turns) == 2
@@ -137,10 +139,14 @@ def test_16_twice_in_one_turn():
 
 
 # ---------------------------------------------------------------- System2
-PLANS = {"cooking": ("I wrote a checklist for the dinner.", "I drew up a schedule for the roast.", "I mapped out the cake step by step."),
-         "travel": ("I made a list before the trip.", "I printed an itinerary for the flight.", "I booked the hotel weeks ahead."),
-         "work": ("I wrote an agenda for the meeting.", "I prepared the report in advance.", "I made a timetable for the project.")}
-OTHERS = ("I found a cheaper song download at a discount.", "I got the concert ticket on sale.", "I borrow every guitar.",
+PLANS = {"cooking": ("I wrote a checklist for the dinner.", "I drew up a schedule for the roast.",
+                     "I mapped out the cake step by step."),
+         "travel": ("I made a list before the trip.", "I printed an itinerary for the flight.",
+                    "I booked the hotel weeks ahead."),
+         "work": ("I wrote an agenda for the meeting.", "I prepared the report in advance.",
+                  "I made a timetable for the project.")}
+OTHERS = ("I found a cheaper song download at a discount.", "I got the concert ticket on sale.",
+          "I borrow every guitar.",
           "I went to the gym by myself.", "I run alone.", "I did the race solo.")
 WHIM = ("I cooked dinner on a whim.", "I baked a cake without a plan.", "I improvise every stew.")
 
@@ -171,7 +177,8 @@ def test_18_19_a_habit_needs_three_beliefs_from_two_sessions(sessions, status):
     memory = tell(*PLANS["cooking"], session=sessions)
     memory.sleep("2024-06-01")
     (found,) = memory.store().schemas.values()
-    assert (found.domain, found.behaviour, found.confidence, found.status) == ("cooking", "plans", 0.80, status)
+    assert (found.domain, found.behaviour) == ("cooking", "plans")
+    assert (found.confidence, found.status) == (0.80, status)
     before = dcpm.snapshot(memory.store())
     memory.sleep("2024-06-01")
     assert dcpm.snapshot(memory.store()) == before
@@ -201,7 +208,8 @@ def test_21_support_falls_away():
     memory = planner()
     (core,) = memory.store().cores.values()
     retract(memory, "cooking")
-    assert schema(memory, "cooking").id not in memory.recall("dinner?", "2024-07-01").ids  # hidden before the night
+    found = memory.recall("dinner?", "2024-07-01")
+    assert schema(memory, "cooking").id not in found.ids  # hidden before the night
     tell(*WHIM, memory=memory, start="2024-07-02")
     memory.sleep("2024-08-01")
     core = memory.store().cores[core.id]
@@ -270,7 +278,8 @@ def test_27_users_are_isolated():
     for day, user, city in ((1, "u1", "Paris"), (2, "u2", "Lima"), (3, "u1", "Berlin"), (4, "u2", "Quito")):
         memory.observe(f"I moved to {city}.", f"2024-05-0{day}", user=user)
     found = memory.recall("Where do I live? Lima, Quito?", "2024-06-01", user="u1")
-    assert found.ids and not set(found.ids) & set(memory.recall("Where do I live?", "2024-06-01", user="u2").ids)
+    other = memory.recall("Where do I live?", "2024-06-01", user="u2")
+    assert found.ids and not set(found.ids) & set(other.ids)
     assert "Lima" not in found.text and "Quito" not in found.text
 
 
@@ -295,7 +304,8 @@ def test_a_chain_cannot_fork():
     node = dcpm.copy.deepcopy(store.head(HOME))
     node.id = "b99"
     with pytest.raises(DcpmError, match="fork"):
-        store.commit("SUPERSEDE", [node.id], belief=dcpm.asdict(node), prev=store.chain(HOME)[0].id, kind="supersede")
+        store.commit("SUPERSEDE", [node.id], belief=dcpm.asdict(node), prev=store.chain(HOME)[0].id,
+                     kind="supersede")
     assert dcpm.snapshot(store) == before
 
 
@@ -311,11 +321,13 @@ def test_dates_are_read_against_the_conversation(text, window):
 
 
 @pytest.mark.parametrize("texts, slot, chain", [
-    (["I used to live in Rome.", "I moved to Madrid last March."], HOME, [("Madrid", 1)]),  # Rome begins nothing
+    (["I used to live in Rome.", "I moved to Madrid last March."], HOME,
+     [("Madrid", 1)]),  # Rome begins nothing
     (["I'm a nurse at St. Mary's hospital."], ("user", "occupation", None), [("nurse", 1)]),
     (["I became a vegetarian in 2021."], ("user", "diet", None), [("vegetarian", 1)]),
     (["My brother Tom works at Shell."], ("brother", "employer", None), [("Shell", 1)]),
-    (["I've been playing tennis.", "I stopped playing tennis."], ("user", "hobby", "tenni"), [("tennis", 1), ("tennis", -1)]),
+    (["I've been playing tennis.", "I stopped playing tennis."], ("user", "hobby", "tenni"),
+     [("tennis", 1), ("tennis", -1)]),
     (["We moved to Lisbon.", "They moved to Oslo."], HOME, [("Lisbon", 1)]),
     (["My birthday is 3 May."], ("user", "birthday", None), [("3 May", 1)]),
     (["My favourite colour is blue.", "My favorite colour is now green."], ("user", "favorite colour", None),
@@ -327,6 +339,7 @@ def test_frames(texts, slot, chain):
 
 
 def test_forgotten_things_do_not_come_back_refined():
-    memory = tell("I have migraines.", "Forget my migraines.", "I have migraines, mostly at night.", "I no longer have migraines.")
+    memory = tell("I have migraines.", "Forget my migraines.",
+                  "I have migraines, mostly at night.", "I no longer have migraines.")
     assert [b.status for b in memory.trail(("user", "condition", "migrain"))] == ["suppressed"]
     assert "igraine" not in memory.recall("migraines at night", "2024-06-01").text and memory.check() == []

@@ -15,12 +15,15 @@ LOCOMO = [{"sample_id": "two", "conversation": {
     "speaker_a": "Ada", "speaker_b": "Bo",
     "session_2_date_time": "9:05 am on 2 June, 2023", "session_2": [
         {"speaker": "Bo", "dia_id": "D2:1", "text": "What did you bake?"},
-        {"speaker": "Ada", "dia_id": "D2:2", "text": "A walnut loaf for the fair.", "blip_caption": "a photo of bread"}],
+        {"speaker": "Ada", "dia_id": "D2:2", "text": "A walnut loaf for the fair.",
+         "blip_caption": "a photo of bread"}],
     "session_1_date_time": "1:56 pm on 8 May, 2023", "session_1": [
-        {"speaker": "Ada", "dia_id": "D1:1", "text": "Hi Bo! I moved to Lima."}, {"speaker": "Bo", "dia_id": "D1:2", "text": ""}],
+        {"speaker": "Ada", "dia_id": "D1:1", "text": "Hi Bo! I moved to Lima."},
+        {"speaker": "Bo", "dia_id": "D1:2", "text": ""}],
     "session_3_date_time": "1:00 pm on 9 July, 2023"},  # a date without turns
     "qa": [{"question": "What did Ada bake?", "answer": 7, "evidence": ["D2:02; D1:1", "D"], "category": 1},
-           {"question": "Where does Bo live?", "evidence": ["D:1:1"], "category": 5, "adversarial_answer": "SECRET"},
+           {"question": "Where does Bo live?", "evidence": ["D:1:1"], "category": 5,
+            "adversarial_answer": "SECRET"},
            {"question": "Why?", "answer": "GOLDANSWER", "evidence": [], "category": 3}]}]
 
 
@@ -32,7 +35,8 @@ def put(path, data):
 def test_locomo(tmp_path, capsys):
     path = put(tmp_path / "l.json", LOCOMO)
     (sample,) = dcpm.load_corpus(path)
-    assert [t[0] for t in sample.turns] == ["D1:1", "D1:2", "D2:1", "D2:2"] and sample.turns[0][4] == "2023-05-08T13:56"
+    assert [t[0] for t in sample.turns] == ["D1:1", "D1:2", "D2:1", "D2:2"]
+    assert sample.turns[0][4] == "2023-05-08T13:56"
     assert [q.gold for q in sample.questions] == [{"D2:2", "D1:1"}, {"D1:1"}, set()]
     assert sample.questions[0].answer == "7" and "photo of bread" in sample.turns[-1][3]
     memory = dcpm.Memory()
@@ -40,39 +44,49 @@ def test_locomo(tmp_path, capsys):
     assert memory.check() == [] and [b.value for b in memory.trail(("Ada", "residence", None))] == ["Lima"]
     text = dcpm.snapshot(memory.store())
     assert "SECRET" not in text and "GOLDANSWER" not in text  # gold fields never reach the store
-    assert dcpm.rank_turns(memory.store(), "What did Ada bake?", "2023-08-01")[0][1] in (ids["D2:1"], ids["D2:2"])
+    best = dcpm.rank_turns(memory.store(), "What did Ada bake?", "2023-08-01")[0]
+    assert best[1] in (ids["D2:1"], ids["D2:2"])
     dcpm.main(["--data", path])
     out = capsys.readouterr().out
     assert "multi-hop" in out and "BM25" in out and "two: 4 turns" in out
 
 
 def test_longmemeval(tmp_path, capsys):
-    rows = [{"question_id": f"q{n}{'_abs' * n}", "question_type": "multi-session", "question": "What degree?", "answer": 3,
+    rows = [{"question_id": f"q{n}{'_abs' * n}", "question_type": "multi-session",
+             "question": "What degree?", "answer": 3,
              "question_date": "2023/05/30 (Tue) 23:40", "haystack_session_ids": ["late", "early"],
-             "haystack_dates": ["2023/05/21 (Sun) 02:21", "2023/05/20 (Sat) 02:21"], "answer_session_ids": ["late"],
+             "haystack_dates": ["2023/05/21 (Sun) 02:21", "2023/05/20 (Sat) 02:21"],
+             "answer_session_ids": ["late"],
              "haystack_sessions": [[{"role": "user", "content": "I have a degree.", "has_answer": True}],
-                                   [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I live in Rome."}]]}
+                                   [{"role": "user", "content": "Hello"},
+                                    {"role": "assistant", "content": "I live in Rome."}]]}
             for n in (0, 1)]
     samples = dcpm.load_corpus(put(tmp_path / "m.json", rows))
     assert [t[4][:10] for t in samples[0].turns] == ["2023-05-20", "2023-05-20", "2023-05-21"]  # put in order
-    assert samples[0].questions[0].gold == {"late#1:0"} and samples[1].questions[0].category == "multi-session_abs"
+    assert samples[0].questions[0].gold == {"late#1:0"}
+    assert samples[1].questions[0].category == "multi-session_abs"
     memory = dcpm.Memory()
     dcpm.ingest(samples[0], memory)
-    assert not any("Rome" in b.text for b in memory.store().beliefs.values())  # what the assistant says is no claim
+    texts = [b.text for b in memory.store().beliefs.values()]
+    assert not any("Rome" in text for text in texts)  # what the assistant says is no claim
     assert "Rome" in memory.recall("Who lives in Rome?", "2023-06-01").text  # but it can be found
     dcpm.main(["--data", str(tmp_path / "m.json"), "--format", "longmemeval"])
     assert "multi-session" in capsys.readouterr().out
 
 
 def personamem(tmp_path, end="3"):
-    messages = [{"role": "system", "content": "PERSONA: likes jazz"}, {"role": "user", "content": "User: I like tea."},
-                {"role": "assistant", "content": "Assistant: Noted."}, {"role": "user", "content": "User: FUTURE coffee"}]
-    put(tmp_path / "contexts.jsonl", json.dumps({"c1": messages}) + "\n\n" + json.dumps({"c2": messages[:2]}) + "\n")
+    messages = [{"role": "system", "content": "PERSONA: likes jazz"},
+                {"role": "user", "content": "User: I like tea."},
+                {"role": "assistant", "content": "Assistant: Noted."},
+                {"role": "user", "content": "User: FUTURE coffee"}]
+    first, second = json.dumps({"c1": messages}), json.dumps({"c2": messages[:2]})
+    put(tmp_path / "contexts.jsonl", first + "\n\n" + second + "\n")
     with open(tmp_path / "questions.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["question_type", "user_question_or_message", "correct_answer", "all_options", "shared_context_id",
-                         "end_index_in_shared_context"])
-        writer.writerow(["recall", "What do I drink?", "(b)", str(["(a) coffee", "(b) tea", "(c) rum", "(d) milk"]), "c1", end])
+        writer.writerow(["question_type", "user_question_or_message", "correct_answer", "all_options",
+                         "shared_context_id", "end_index_in_shared_context"])
+        options = str(["(a) coffee", "(b) tea", "(c) rum", "(d) milk"])
+        writer.writerow(["recall", "What do I drink?", "(b)", options, "c1", end])
     return str(tmp_path / "contexts.jsonl")
 
 
@@ -93,24 +107,28 @@ def test_personamem(tmp_path, capsys, monkeypatch):
 
 
 def test_personamem_v2(tmp_path):
-    row = {"chat_history_32k_link": "none.json", "related_conversation_snippet": json.dumps([
-        {"role": "system", "content": "PERSONA"}, {"role": "user", "content": "I love yoga."}]), "correct_answer": "yoga",
-        "incorrect_answers": json.dumps(["golf", "chess", "judo"]), "persona_id": "5", "pref_type": "neutral",
-        "user_query": "{'role': 'user', 'content': 'What now?'}"}
+    snippet = [{"role": "system", "content": "PERSONA"}, {"role": "user", "content": "I love yoga."}]
+    row = {"chat_history_32k_link": "none.json", "related_conversation_snippet": json.dumps(snippet),
+           "correct_answer": "yoga", "incorrect_answers": json.dumps(["golf", "chess", "judo"]),
+           "persona_id": "5", "pref_type": "neutral",
+           "user_query": "{'role': 'user', 'content': 'What now?'}"}
     samples = dcpm.load_corpus(put(tmp_path / "v2.json", [row, {**row, "chat_history_32k_link": "h.json"}]))
     put(tmp_path / "h.json", {"chat_history": [{"role": "user", "content": "I love golf."}]})
     question = samples[0].questions[0]
-    assert question.options["abcd".index(question.answer)].endswith("yoga") and "snippet only" in samples[0].name
+    assert question.options["abcd".index(question.answer)].endswith("yoga")
+    assert "snippet only" in samples[0].name
     assert [t[3] for t in samples[0].turns] == ["I love yoga."]
     assert [t[3] for t in dcpm.load_corpus(str(tmp_path / "v2.json"))[1].turns] == ["I love golf."]
 
 
 def test_a_server_as_backend(tmp_path, capsys):
-    """Over HTTP, from the command line to the scores: it extracts, once it breaks off, it answers; or it is gone."""
+    """Over HTTP, from the command line to the scores: it extracts, once it breaks off, it answers;
+    or it is gone."""
     def behave(body, count):
         prompt = body["messages"][-1]["content"]
         if "New message by Ada" in prompt and "Lima" in prompt.split("<message>")[1]:
-            found = {"subject": "Ada", "attribute": "residence", "value": "Lima", "text": "Ada lives in Lima.", "quote": "Lima"}
+            found = {"subject": "Ada", "attribute": "residence", "value": "Lima",
+                     "text": "Ada lives in Lima.", "quote": "Lima"}
             return 200, json.dumps({"claims": [found]}), "stop"
         if "New message" in prompt or "Not usable" in prompt:
             return 200, '{"claims": [', "length"
@@ -125,9 +143,10 @@ def test_a_server_as_backend(tmp_path, capsys):
     assert {body["temperature"] for _, body, _ in server.requests} == {0.0}
 
 
-@pytest.mark.parametrize("name, content", [("a.json", "[{"), ("a.json", "[]"), ("a.json", '[{"x": 1}]'), ("a.json", "3"),
-                                           ("a.json", json.dumps([{"conversation": {}, "qa": [{}]}])), ("a.jsonl", '{"c": [\n'),
-                                           ("a.json", json.dumps([{"haystack_sessions": []}]))])
+@pytest.mark.parametrize("name, content", [
+    ("a.json", "[{"), ("a.json", "[]"), ("a.json", '[{"x": 1}]'), ("a.json", "3"),
+    ("a.json", json.dumps([{"conversation": {}, "qa": [{}]}])), ("a.jsonl", '{"c": [\n'),
+    ("a.json", json.dumps([{"haystack_sessions": []}]))])
 def test_bad_files_are_one_sentence_and_exit_code_2(tmp_path, capsys, name, content):
     with pytest.raises(SystemExit) as stop:
         dcpm.main(["--data", put(tmp_path / name, content)])
@@ -135,8 +154,9 @@ def test_bad_files_are_one_sentence_and_exit_code_2(tmp_path, capsys, name, cont
     assert stop.value.code == 2 and error.startswith("dcpm.py: ") and "\n" not in error
 
 
-@pytest.mark.parametrize("flags", [["--pers", "3"], ["--personas", "x"], ["--personas", "1"], ["--backend", "llm"],
-                                   ["--model", "x"], ["--data", "no/such/file"], ["--format", "csv"], ["--budget", "-1"]])
+@pytest.mark.parametrize("flags", [
+    ["--pers", "3"], ["--personas", "x"], ["--personas", "1"], ["--backend", "llm"],
+    ["--model", "x"], ["--data", "no/such/file"], ["--format", "csv"], ["--budget", "-1"]])
 def test_bad_flags(capsys, flags):
     with pytest.raises(SystemExit) as stop:
         dcpm.main(flags)
@@ -156,7 +176,8 @@ def test_no_evidence_is_exactly_chance():
     _, questions = dcpm.make_persona(1, dcpm.BANKS["development"])
     assert {kind for kind, *_ in questions} == set(dcpm.KINDS)
     for _, question, options, right in questions:
-        assert dcpm.credit(dcpm.choose(question, [], options), right) == 1 / len(options) and len(set(options)) == 4
+        assert dcpm.credit(dcpm.choose(question, [], options), right) == 1 / len(options)
+        assert len(set(options)) == 4
 
 
 def test_personas_repeat_and_options_are_unseen_phrases():
@@ -181,8 +202,10 @@ def test_banks_share_no_four_words_in_a_row():
 
     def grams(bank):
         lines = [p.format("X") for line in bank["phrases"].values() for p in line.split("|")]
-        lines += [t.replace("{}", "X") for k in ("move", "late", "job", "other", "span", "ask") for t in bank[k].split("|")]
-        return {tuple(w[i:i + 4]) for w in (line.lower().rstrip(".?").split() for line in lines) for i in range(len(w) - 3)}
+        kinds = ("move", "late", "job", "other", "span", "ask")
+        lines += [t.replace("{}", "X") for k in kinds for t in bank[k].split("|")]
+        words = [line.lower().rstrip(".?").split() for line in lines]
+        return {tuple(w[i:i + 4]) for w in words for i in range(len(w) - 3)}
     names = list(banks)
     for i, a in enumerate(names):
         for b in names[i + 1:]:

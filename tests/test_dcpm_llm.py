@@ -11,7 +11,8 @@ HOME = ("user", "residence", None)
 
 
 def claim(value, text, attribute="residence", **more):
-    return {"subject": "user", "attribute": attribute, "value": value, "text": text, "polarity": 1, "layer": "fact", **more}
+    return {"subject": "user", "attribute": attribute, "value": value, "text": text,
+            "polarity": 1, "layer": "fact", **more}
 
 
 class Script:
@@ -24,8 +25,10 @@ class Script:
         out = []
         for talk in conversations:
             prompt = talk[1]["content"] if len(talk) > 1 else talk[0]["content"]
-            kind = ("extract" if "New message" in prompt else "reconcile" if "Known chains" in prompt else
-                    "induce" if "regularities" in prompt else "core" if "These habits" in prompt else "answer")
+            kind = ("extract" if "New message" in prompt else
+                    "reconcile" if "Known chains" in prompt else
+                    "induce" if "regularities" in prompt else
+                    "core" if "These habits" in prompt else "answer")
             self.seen.append((kind, talk))
             line = self.answers.get(kind, ["{}"])
             answer = line.pop(0) if len(line) > 1 else line[0]
@@ -37,8 +40,9 @@ class Script:
 
 
 def test_good_answers_go_through_the_same_chains():
+    moved = {"claims": [claim("Berlin", "The user lives in Berlin.")], "forget": []}
     chat = Script(extract=[{"claims": [claim("Paris", "The user lives in Paris.", quote="I live in Paris")]},
-                           "Sure! " + json.dumps({"claims": [claim("Berlin", "The user lives in Berlin.")], "forget": []})],
+                           "Sure! " + json.dumps(moved)],
                   reconcile=[{"operations": [{"item": 0, "op": "SUPERSEDE", "id": "b1"}]}], answer=["Berlin"])
     memory = Memory(LLM(chat))
     memory.observe("Well, I live in Paris, you know.", "2024-05-01")
@@ -46,14 +50,17 @@ def test_good_answers_go_through_the_same_chains():
     paris, berlin = memory.trail(HOME)
     assert (paris.value, berlin.value, berlin.link_kind) == ("Paris", "Berlin", "supersede")
     assert memory.why(paris.id)["because"][0]["text"] == "I live in Paris"
-    assert memory.why(berlin.id)["because"][0]["text"] == "Moved to Berlin!"  # no verbatim quote: the whole turn
+    # no verbatim quote: the whole turn
+    assert memory.why(berlin.id)["because"][0]["text"] == "Moved to Berlin!"
     assert memory.answer("Where do I live?", "2024-06-01")[0] == "Berlin" and memory.check() == []
 
 
 def test_unusable_answers_keep_the_turn_and_count_the_failure():
     cut = json.dumps({"claims": [claim("Paris", "x")]})[:-5]
-    for bad in ("", None, "I cannot do that.", cut, "[]", '{"claims": 3}', '{"claims": [{"value": "x"}]}', '{"claims": [7]}',
-                json.dumps({"claims": [claim("Paris", "x", polarity=5)]}), json.dumps({"claims": [claim("", "x")]}),
+    for bad in ("", None, "I cannot do that.", cut, "[]",
+                '{"claims": 3}', '{"claims": [{"value": "x"}]}', '{"claims": [7]}',
+                json.dumps({"claims": [claim("Paris", "x", polarity=5)]}),
+                json.dumps({"claims": [claim("", "x")]}),
                 json.dumps({"claims": [claim("Rome", "x", "plan", until="soon")]}), "{" * 5000):
         chat = Script(extract=[bad])
         memory = Memory(LLM(chat))
@@ -61,7 +68,8 @@ def test_unusable_answers_keep_the_turn_and_count_the_failure():
         assert len(memory.store().turns) == 1 and not memory.store().beliefs and memory.check() == []
         assert memory.backend.failures["extract"] == 1 and chat.count("extract") == 3
         assert memory.store().log[-1].op == "FAILED"
-        assert "Paris" in memory.recall("Where do I live?", "2024-06-01").text  # the raw turn can still be found
+        found = memory.recall("Where do I live?", "2024-06-01")
+        assert "Paris" in found.text  # the raw turn can still be found
 
 
 def test_a_bad_try_is_repeated_with_the_reason():
@@ -80,12 +88,14 @@ def test_ids_that_were_not_shown_are_refused():
     memory = Memory(LLM(chat))
     memory.observe("Jazz is nice.", "2024-05-01")
     memory.observe("Jazz music is nice.", "2024-05-02", "s2")
-    assert memory.backend.failures["reconcile"] == 1 and len(memory.store().heads) == 2 and memory.check() == []
+    assert memory.backend.failures["reconcile"] == 1
+    assert len(memory.store().heads) == 2 and memory.check() == []
 
 
 def test_the_reconciler_is_shown_the_whole_chain():
     cities = ("Paris", "Berlin", "Rome", "Lima")
-    chat = Script(extract=[{"claims": [claim(c, f"The user lives in {c}.")]} for c in cities], reconcile=[{"operations": []}])
+    chat = Script(extract=[{"claims": [claim(c, f"The user lives in {c}.")]} for c in cities],
+                  reconcile=[{"operations": []}])
     memory = Memory(LLM(chat))
     for day, city in enumerate(cities, 1):
         memory.observe(f"{city} is home.", f"2024-05-0{day}", f"s{day}")
@@ -95,13 +105,14 @@ def test_the_reconciler_is_shown_the_whole_chain():
 
 
 def habits(domain, n):
-    return [{"claims": [claim(f"{domain} {i}", f"The user planned the {domain} carefully, part {i}.", "event")]} for i in range(n)]
+    texts = [f"The user planned the {domain} carefully, part {i}." for i in range(n)]
+    return [{"claims": [claim(f"{domain} {i}", text, "event")]} for i, text in enumerate(texts)]
 
 
 def with_schemas(induce, core=None):
     domains = ("dinner", "trip", "report", "concert", "race")
-    chat = Script(extract=[h for d in domains for h in habits(d, 3)], reconcile=[{"operations": []}], induce=[induce],
-                  core=[core or {"behaviour": None, "text": None}])
+    chat = Script(extract=[h for d in domains for h in habits(d, 3)], reconcile=[{"operations": []}],
+                  induce=[induce], core=[core or {"behaviour": None, "text": None}])
     memory = Memory(LLM(chat))
     for i in range(15):
         memory.observe(f"message {i} about something", f"2024-05-{i + 1:02d}", f"s{i}")
@@ -109,14 +120,18 @@ def with_schemas(induce, core=None):
 
 
 def test_schemas_cores_and_idempotence():
-    chat_ids = {d: [f"b{3 * k + i}" for i in (1, 2, 3)] for k, d in enumerate(("dinner", "trip", "report", "concert", "race"))}
-    answer = {"schemas": [{"domain": d, "behaviour": "prepares well ahead", "text": f"For a {d} the user prepares.", "evidence": ids}
+    domains = ("dinner", "trip", "report", "concert", "race")
+    chat_ids = {d: [f"b{3 * k + i}" for i in (1, 2, 3)] for k, d in enumerate(domains)}
+    answer = {"schemas": [{"domain": d, "behaviour": "prepares well ahead",
+                           "text": f"For a {d} the user prepares.", "evidence": ids}
                           for d, ids in chat_ids.items()]}
-    memory, chat = with_schemas(answer, {"behaviour": "likes certainty", "text": "The user wants no surprises."})
+    memory, chat = with_schemas(answer, {"behaviour": "likes certainty",
+                                         "text": "The user wants no surprises."})
     store = memory.store()
 
     def induce(store, pool):  # one prompt with all facts, whatever the clusters are
-        return [("user", s["domain"], s["behaviour"], s["text"], {"prepar": 1.0}, s["evidence"]) for s in answer["schemas"]]
+        return [("user", s["domain"], s["behaviour"], s["text"], {"prepar": 1.0}, s["evidence"])
+                for s in answer["schemas"]]
     memory.backend.induce = induce
     memory.sleep("2024-06-01")
     (core,) = store.cores.values()
@@ -124,19 +139,22 @@ def test_schemas_cores_and_idempotence():
     before, calls = dcpm.snapshot(store), memory.backend.calls
     memory.sleep("2024-06-01")
     assert dcpm.snapshot(store) == before and memory.backend.calls == calls
-    memory.forget("dinner")  # a model's sentence may give away what was forgotten: schema and core are withdrawn
+    # a model's sentence may give away what was forgotten: schema and core are withdrawn
+    memory.forget("dinner")
     memory.sleep("2024-06-02")
     assert store.cores[core.id].status == "dormant" and memory.check() == []
     assert not any("dinner" in s.text for s in store.schemas.values())
 
 
 def test_induction_refuses_foreign_evidence():
-    memory, chat = with_schemas({"schemas": [{"domain": "x", "behaviour": "plans", "text": "t", "evidence": ["b1", "b777"]}]})
+    foreign = {"domain": "x", "behaviour": "plans", "text": "t", "evidence": ["b1", "b777"]}
+    memory, chat = with_schemas({"schemas": [foreign]})
     memory.sleep("2024-06-01")
     assert memory.backend.failures["induce"] >= 1 and not memory.store().schemas
     before, calls = dcpm.snapshot(memory.store()), memory.backend.calls
     memory.sleep("2024-06-01")
-    assert dcpm.snapshot(memory.store()) == before and memory.backend.calls == calls  # failures are cached too
+    assert dcpm.snapshot(memory.store()) == before
+    assert memory.backend.calls == calls  # failures are cached too
 
 
 def test_induction_through_the_prompt():
@@ -157,10 +175,12 @@ def test_forgetting_through_the_model():
 
 def test_metrics():
     def score(reply, category, answer, options=()):
-        return dcpm.score_answer(reply, dcpm.Question("q", category, set(), answer, "2024-01-01", list(options)))
+        question = dcpm.Question("q", category, set(), answer, "2024-01-01", list(options))
+        return dcpm.score_answer(reply, question)
     assert score("(c)", "recall", "c", "abcd") == 1 and score("either (a) or (c)", "recall", "c", "abcd") == 0
     assert score("So my answer is b", "recall", "b", "abcd") == 1
-    assert score("There is no information about that.", "adversarial", "") == 1 and score("Paris", "adversarial", "") == 0
+    assert score("There is no information about that.", "adversarial", "") == 1
+    assert score("Paris", "adversarial", "") == 0
     assert score("the red cars", "single-hop", "red car") == 1
     assert score("running, apples", "multi-hop", "run, pears") == 0.5
     assert score("likely no", "open-domain", "Likely no; because of work") == 1

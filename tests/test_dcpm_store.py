@@ -22,10 +22,12 @@ def test_random_histories_reach_every_kind_of_event_and_node():
             pass
         for store in memory.stores.values():
             events.update(e.op for e in store.log)
-            nodes.update((type(node).__name__, node.status) for kind in (store.schemas, store.cores, store.intentions)
-                         for node in kind.values())
-    assert {"RAW", "ADD", "SUPERSEDE", "REFINE", "CONFIRM", "SPLICE", "RETRACT", "SUPPRESS", "SLEEP"} <= set(events)
-    assert {("Schema", "stable"), ("Schema", "forming"), ("Schema", "dormant"), ("Core", "stable"), ("Intention", "open")} <= set(nodes)
+            kinds = (store.schemas, store.cores, store.intentions)
+            nodes.update((type(node).__name__, node.status) for kind in kinds for node in kind.values())
+    assert {"RAW", "ADD", "SUPERSEDE", "REFINE", "CONFIRM",
+            "SPLICE", "RETRACT", "SUPPRESS", "SLEEP"} <= set(events)
+    assert {("Schema", "stable"), ("Schema", "forming"), ("Schema", "dormant"),
+            ("Core", "stable"), ("Intention", "open")} <= set(nodes)
 
 
 def test_check_notices_damage():
@@ -54,25 +56,31 @@ def test_same_operations_same_store():
 
 def test_rule_backend_imports_no_model_library():
     code = ("import dcpm; m = dcpm.Memory(); [m.observe(t, '2024-05-01', f's{i}') for i, t in enumerate("
-            "['I wrote a checklist for dinner.', 'I made a list for the stew.', 'I planned the cake on a schedule.'])];"
+            "['I wrote a checklist for dinner.', 'I made a list for the stew.', "
+            "'I planned the cake on a schedule.'])];"
             "m.sleep('2024-05-02'); print(m.answer('How do I cook?', '2024-05-03'))")
-    run = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, cwd=HERE.parent)
+    run = subprocess.run([sys.executable, "-X", "importtime", "-c", code],
+                         capture_output=True, text=True, cwd=HERE.parent)
     assert run.returncode == 0, run.stderr[-2000:]
-    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in run.stderr.splitlines() if "|" in line}
+    modules = [line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines() if "|" in line]
+    imported = {module.split(".")[0] for module in modules}
     assert "sklearn" in imported and not imported & {"torch", "transformers", "datasets", "common"}
 
 
 def test_hostile_and_odd_texts_are_kept_and_break_nothing():
     memory = dcpm.Memory()
-    texts = ["", "\x00", "a" * 3000, "." * 3000, "1 " * 1500, '"' * 2999, "I " * 1500, "my sister " * 300, "\n" * 3000,
-             "I like " + "very " * 600, "I moved to " + "A" * 3000, "forget " * 300, "🙂" * 300, "I live in \x00Paris.",
-             "on 99 May, in 0000, 31 June 2023, 2023-13-45, 99999999999 years ago", "I moved to Oslo 900 years ago.",
-             "I'm flying to Rome on 29 February 2023.", "In 2021 I lived in Rome. " * 100]
+    texts = ["", "\x00", "a" * 3000, "." * 3000, "1 " * 1500, '"' * 2999, "I " * 1500,
+             "my sister " * 300, "\n" * 3000, "I like " + "very " * 600, "I moved to " + "A" * 3000,
+             "forget " * 300, "🙂" * 300, "I live in \x00Paris.",
+             "on 99 May, in 0000, 31 June 2023, 2023-13-45, 99999999999 years ago",
+             "I moved to Oslo 900 years ago.", "I'm flying to Rome on 29 February 2023.",
+             "In 2021 I lived in Rome. " * 100]
     for i, text in enumerate(texts):
         memory.observe(text, "2024-05-01", f"s{i}")
     memory.sleep("2024-06-01")
     assert [t.text for t in memory.store().turns.values()] == texts and memory.check() == []
-    assert memory.recall("", "2024-06-01", 0).text == "" and memory.answer("", "2024-06-01")[0] == "I don't know."
+    assert memory.recall("", "2024-06-01", 0).text == ""
+    assert memory.answer("", "2024-06-01")[0] == "I don't know."
 
 
 def test_a_bad_date_and_an_unknown_id_are_refused_before_anything_is_kept():

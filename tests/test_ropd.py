@@ -1,4 +1,5 @@
-"""ROPD: parsers, reward, prompts against injection, judging, the teacher's cache, training, a server as judge."""
+"""ROPD: parsers, reward, prompts against injection, judging, the teacher's cache, training,
+a server as judge."""
 import dataclasses
 import json
 import math
@@ -33,7 +34,8 @@ def kind_of(function, *args) -> str:
 # ------------------------------------------------------------------------------------------- reward and loss
 def test_reward_worked_numbers():
     points = [5, 5, 4, 5, 3]
-    for verdict, reward in (([1, 0, 1, 1, 1], 17 / 22), ([1, 0, 0, 0, 0], 5 / 22), ([1] * 5, 1), ([0] * 5, 0)):
+    for verdict, reward in (([1, 0, 1, 1, 1], 17 / 22), ([1, 0, 0, 0, 0], 5 / 22),
+                            ([1] * 5, 1), ([0] * 5, 0)):
         assert ropd.rubric_reward(points, [bool(v) for v in verdict]) == reward
     with pytest.raises(ValueError):
         ropd.rubric_reward(points, [True] * 4)
@@ -44,8 +46,10 @@ def test_advantages_are_centred_and_ignore_the_teacher():
     assert rewards.tolist() == pytest.approx([.416667, .75, .083333, 1], abs=1e-6)
     centred = common.group_advantages(rewards, 4, std=False)
     assert centred.tolist() == pytest.approx([-.145833, .1875, -.479167, .4375], abs=1e-6)
-    assert common.group_advantages(rewards, 4).tolist() == pytest.approx([-.3656, .4700, -1.2011, 1.0967], abs=1e-4)
-    assert torch.allclose(common.group_advantages(rewards - 11 / 12, 4, std=False), centred)  # a constant cancels
+    scaled = common.group_advantages(rewards, 4)
+    assert scaled.tolist() == pytest.approx([-.3656, .4700, -1.2011, 1.0967], abs=1e-4)
+    shifted = common.group_advantages(rewards - 11 / 12, 4, std=False)
+    assert torch.allclose(shifted, centred)  # a constant cancels
     for std in (False, True):
         assert common.group_advantages(torch.full((4,), 7 / 11), 4, std=std).tolist() == [0, 0, 0, 0]
         assert common.group_advantages(torch.tensor([0.7]), 1, std=std).tolist() == [0]
@@ -55,7 +59,8 @@ def test_advantages_are_centred_and_ignore_the_teacher():
     (.5, 1.5, -.64), (.5, .5, -.25), (-.5, 1.5, .75), (-.5, .5, .40), (-.5, 4, 1.5)])
 def test_token_loss_worked_numbers(advantage, ratio, loss):
     one = torch.ones(1, 1)
-    assert float(common.policy_loss(one * math.log(ratio), one * 0, one * advantage, one)) == pytest.approx(loss, abs=1e-6)
+    value = common.policy_loss(one * math.log(ratio), one * 0, one * advantage, one)
+    assert float(value) == pytest.approx(loss, abs=1e-6)
 
 
 def test_loss_is_a_mean_over_tokens():
@@ -102,12 +107,14 @@ def test_invalid_rubrics():
     def changed(**item):
         rubrics = [dict(r) for r in good["rubrics"]]
         rubrics[2] |= item
-        return json.dumps({**good, "rubrics": [{k: v for k, v in r.items() if v is not None} for r in rubrics]})
+        rubrics = [{k: v for k, v in r.items() if v is not None} for r in rubrics]
+        return json.dumps({**good, "rubrics": rubrics})
     for text, kind in ((rubric_text(3), "validation"), (rubric_text(13), "validation"),
                        (changed(criterion_id=" C1 "), "validation"), (changed(criterion="  "), "schema"),
                        (changed(criterion_id="x1"), "schema"), (changed(more=1), "schema"),
                        (changed(criterion="\ud800"), "schema"), (changed(category=None), "schema"),
-                       (json.dumps(good | {"more": 1}), "schema"), (json.dumps(good | {"rubrics": {}}), "schema"),
+                       (json.dumps(good | {"more": 1}), "schema"),
+                       (json.dumps(good | {"rubrics": {}}), "schema"),
                        (json.dumps(good | {"schema_version": "v2"}), "schema"), (json.dumps([good]), "parse"),
                        (rubric_text(4)[:-40], "parse"), ("no object", "parse"), ("[" * 100000, "parse"),
                        ('{"a":' * 100000, "parse"), ('{"a": ' + "9" * 5000 + "}", "parse"),
@@ -118,7 +125,8 @@ def test_invalid_rubrics():
 def test_points_are_added_up_by_us():
     points = [5, 4, 2, 1]
     for total, wrong in ((7, 0), (12, 1), (50, 1), (math.nan, 1), (None, 1), ("7", 1)):
-        verdicts, mismatches = ropd.parse_verdicts(verdict_text([[True, False, True, False]], points, total), 1, points)
+        reply = verdict_text([[True, False, True, False]], points, total)
+        verdicts, mismatches = ropd.parse_verdicts(reply, 1, points)
         assert ropd.rubric_reward(points, verdicts[0]) == 7 / 12 and mismatches == wrong
 
 
@@ -132,11 +140,15 @@ def test_invalid_verdicts():
     ropd.parse_verdicts(changed(), 2, points)
     swapped = json.loads(changed())
     swapped["answers"].reverse()
-    for text, kind in ((verdict_text([[True] * 4], points), "validation"), (json.dumps(swapped), "validation"),
-                       (verdict_text([[True] * 4] * 3, points), "validation"), (changed(answer_index=1), "validation"),
+    for text, kind in ((verdict_text([[True] * 4], points), "validation"),
+                       (json.dumps(swapped), "validation"),
+                       (verdict_text([[True] * 4] * 3, points), "validation"),
+                       (changed(answer_index=1), "validation"),
                        (changed(answer_index=2.0), "validation"), (changed(answer_index=True), "validation"),
-                       (changed(judgement=[True] * 3), "validation"), (changed(judgement=[True] * 5), "validation"),
-                       (changed(judgement=[True, True, True, "true"]), "schema"), (changed(judgement=None), "schema"),
+                       (changed(judgement=[True] * 3), "validation"),
+                       (changed(judgement=[True] * 5), "validation"),
+                       (changed(judgement=[True, True, True, "true"]), "schema"),
+                       (changed(judgement=None), "schema"),
                        (changed(judgement=[1, 1, 1, 0]), "schema"), (changed().replace("v2", "v1"), "schema"),
                        (changed()[:-5], "parse")):
         assert kind_of(ropd.parse_verdicts, text, 2, points) == kind, text
@@ -169,7 +181,8 @@ def test_pool_is_blind_and_comes_back():
         assert not re.search("teacher|student|reference", prompt, re.IGNORECASE)
         labels = [label for label, _ in ropd.unfence(prompt)]
         assert labels == ["question", *(["rubric"] if given else []), *(f"answer {i}" for i in range(1, 13))]
-    told = ropd.verifier_prompt("q", rubric, ropd.blind_pool("q", teachers, students, False), False)[0]["content"]
+    labelled = ropd.blind_pool("q", teachers, students, False)
+    told = ropd.verifier_prompt("q", rubric, labelled, False)[0]["content"]
     assert "student answer 5" in told and "teacher answer 4" in told
 
 
@@ -194,10 +207,12 @@ def test_what_judges_see_of_an_answer():
 
 # ------------------------------------------------------------------------------------------- judging
 class Scripted:
-    """A judge that plays lists of replies for rubrics and verdicts, then goes on by the rules. Notes all prompts."""
+    """A judge that plays lists of replies for rubrics and verdicts, then goes on by the rules.
+    Notes all prompts."""
 
     def __init__(self, rubrics=(), verdicts=()):
-        self.replies, self.seen = {"rubric": list(rubrics), "verdict": list(verdicts)}, {"rubric": [], "verdict": []}
+        self.replies = {"rubric": list(rubrics), "verdict": list(verdicts)}
+        self.seen = {"rubric": [], "verdict": []}
 
     def __call__(self, conversations, **sampling):
         return [self.one(conversation) for conversation in conversations]
@@ -212,7 +227,8 @@ class Scripted:
 
 def score(judge, students=(RIGHT, WRONG), teachers=(RIGHT,), groups=1, **changes):
     config = dataclasses.replace(CONFIG, **changes)
-    return ropd.score_rollouts(config, judge, [QUESTION] * groups, [list(teachers)] * groups, [list(students)] * groups)
+    return ropd.score_rollouts(config, judge, [QUESTION] * groups, [list(teachers)] * groups,
+                               [list(students)] * groups)
 
 
 def test_one_rubric_and_one_verdict_call_a_question():
@@ -294,13 +310,16 @@ def test_criteria_are_read_from_their_sentences():
     for sentence in ("The answer applies exactly the operations *4 +2, in this order.",
                      "Every written calculation is true modulo 5.", "The operation +2 is applied somewhere.",
                      "The boxed value is the result of the last calculation.",
-                     "The first calculation starts from the number 1.", "The answer ends with exactly one boxed value.",
+                     "The first calculation starts from the number 1.",
+                     "The answer ends with exactly one boxed value.",
                      "Each calculation starts from the result of the one before.",
                      "The answer holds nothing but calculations and a boxed value."):
         assert meets(RIGHT, sentence) and meets("A1*4B+2=1. \\boxed{1}", sentence), sentence
-    for text, sentence in ((WRONG, "Every written calculation is true modulo 5."), (RIGHT, "The final answer is 1."),
+    for text, sentence in ((WRONG, "Every written calculation is true modulo 5."),
+                           (RIGHT, "The final answer is 1."),
                            ("A1*4=4, B4+2=1", "The answer ends with exactly one boxed value."),
-                           ("so A1*4=4. \\boxed{4}", "The answer holds nothing but calculations and a boxed value."),
+                           ("so A1*4=4. \\boxed{4}",
+                            "The answer holds nothing but calculations and a boxed value."),
                            ("", "Every written calculation is true modulo 5.")):
         assert not meets(text, sentence)
 
@@ -324,7 +343,8 @@ def test_teacher_by_rule_is_repeatable_and_mostly_right():
     four = [t.messages for t in tasks for _ in range(4)]
     answers = ropd.symbolic_teacher(four)
     assert answers == ropd.symbolic_teacher(four) and any(re.search(r"\dB", a) for a in answers)
-    assert 0.8 < sum(common.is_correct(a, tasks[i // 4].answer) for i, a in enumerate(answers)) / len(answers) < 0.98
+    right = [common.is_correct(a, tasks[i // 4].answer) for i, a in enumerate(answers)]
+    assert 0.8 < sum(right) / len(answers) < 0.98
 
 
 def test_scalar_impression():
@@ -339,7 +359,7 @@ def test_noise_of_the_rules_is_repeatable():
     assert score(cut)[0][0].error == "rubric parse"
 
 
-# ------------------------------------------------------------------------------------------- the teacher's cache
+# ---------------------------------------------------------------------------------------- the teacher's cache
 def tasks_of(*questions):
     return [Task([{"role": "user", "content": q}], "1") for q in questions]
 
@@ -352,7 +372,8 @@ class Counting:
 
     def __call__(self, conversations, **sampling):
         self.asked += len(conversations)
-        return [self.replies.pop(0) if self.replies else f"{c[0]['content']}: {i}" for i, c in enumerate(conversations)]
+        return [self.replies.pop(0) if self.replies else f"{c[0]['content']}: {i}"
+                for i, c in enumerate(conversations)]
 
 
 def test_teacher_cache(tmp_path, refused):
@@ -365,7 +386,8 @@ def test_teacher_cache(tmp_path, refused):
     assert "fewer than --teacher_answers 5" in refused(again.get, "p", 5)
     assert ropd.TeacherCache(path, {**settings, "temperature": 0.7}).get("p", 4) is None
     good = path.read_text()
-    for bad in ("{", "[]", '{"schema": "other"}', good.splitlines()[0].replace('"asked": 4', '"asked": null')):
+    unasked = good.splitlines()[0].replace('"asked": 4', '"asked": null')
+    for bad in ("{", "[]", '{"schema": "other"}', unasked):
         path.write_text(good + bad)
         assert "line 3" in refused(ropd.TeacherCache, path, settings)
 
@@ -373,23 +395,26 @@ def test_teacher_cache(tmp_path, refused):
 def test_a_teacher_that_does_not_finish(tmp_path):
     teacher, path = Counting(None, "a\ud800", None, None), tmp_path / "t.jsonl"
     assert ropd.teacher_answers(teacher, ropd.TeacherCache(path, {}), tasks_of("p", "q"), 2) == [["a?"], []]
-    assert ropd.teacher_answers(teacher, ropd.TeacherCache(path, {}), tasks_of("q"), 2) == [[]] and teacher.asked == 4
+    assert ropd.teacher_answers(teacher, ropd.TeacherCache(path, {}), tasks_of("q"), 2) == [[]]
+    assert teacher.asked == 4
 
 
 # ------------------------------------------------------------------------------------------- training
 @pytest.fixture(scope="module")
 def tiny(session_cache):
-    """The same experiment, smaller: two operations modulo 3, and a fit of seconds that the session's cache keeps."""
+    """The same experiment, smaller: two operations modulo 3, and a fit of seconds that the session's
+    cache keeps."""
     patch, fit = pytest.MonkeyPatch(), common.fit_tiny
     patch.setattr(ropd, "small_chain", lambda rng: common.chain_task(rng, operations=(2, 2), modulus=3))
-    patch.setattr(common, "fit_tiny", lambda name, model, docs, steps, **how: fit(name, model, docs[:3000], 300, **how))
+    patch.setattr(common, "fit_tiny",
+                  lambda name, model, docs, steps, **how: fit(name, model, docs[:3000], 300, **how))
     yield
     patch.undo()
 
 
 def quick(folder, **changes):
-    return ropd.Config(**{"out": str(folder), "max_new_tokens": 30, "prompts_per_step": 4, "steps": 2, "eval_tasks": 10,
-                          **changes})
+    return ropd.Config(**{"out": str(folder), "max_new_tokens": 30, "prompts_per_step": 4, "steps": 2,
+                          "eval_tasks": 10, **changes})
 
 
 def records(folder):
@@ -431,7 +456,8 @@ def test_unreadable_groups_change_nothing(tiny, tmp_path, capsys):
     summary = ropd.train(quick(tmp_path / "r", cut=1.0))
     start, _ = ropd.load_student(quick("unused"), "cpu")
     saved = common.AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
-    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), saved.parameters()))  # not even through Adam
+    pairs = zip(start.parameters(), saved.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)  # not even through Adam
     assert summary["groups_left_out"] == 8 and summary["reward_last_steps"] is None
     assert "40 % of the groups" in capsys.readouterr().out
 
@@ -449,7 +475,8 @@ def test_a_left_out_group_is_out_of_the_denominator(tiny):
         common.policy_loss(logps, rollouts.logps, advantages[:len(logps)], rollouts.mask).backward()
         return torch.cat([p.grad.flatten() for p in student.parameters()])
     masked = dataclasses.replace(both, mask=both.mask * torch.tensor([1] * 4 + [0] * 4)[:, None])
-    alone = dataclasses.replace(both, **{k: getattr(both, k)[:4] for k in ("ids", "attention_mask", "mask", "logps")})
+    half = {k: getattr(both, k)[:4] for k in ("ids", "attention_mask", "mask", "logps")}
+    alone = dataclasses.replace(both, **half)
     assert torch.allclose(gradient(masked), gradient(alone), atol=1e-6)
     assert not torch.allclose(gradient(both), gradient(alone), atol=1e-4)
 
@@ -485,7 +512,8 @@ def test_compare_and_explain(tiny, tmp_path, capsys):
     flags = ["--eval_tasks", "8", "--max_new_tokens", "24", "--prompts_per_step", "2"]
     ropd.main(["--compare", "--seeds", "1", "--steps", "1", "--out", str(tmp_path / "c"), *flags])
     shown = capsys.readouterr().out
-    for name in ("ropd, m = 1", "per_student_rubric", "judge", "sft", "grpo (oracle)", "ropd without the arithmetic"):
+    for name in ("ropd, m = 1", "per_student_rubric", "judge", "sft", "grpo (oracle)",
+                 "ropd without the arithmetic"):
         assert f"| {name}" in shown
     ropd.main(["--explain", "--teacher_cache", str(tmp_path / "e.jsonl"), *flags])
     assert "advantage" in capsys.readouterr().out
@@ -493,16 +521,19 @@ def test_compare_and_explain(tiny, tmp_path, capsys):
 
 def test_refusals(tmp_path, refused):
     data, out = tmp_path / "d.jsonl", str(tmp_path / "r")
-    data.write_text("".join(json.dumps({"question": f"What is {i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(30)))
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--data", str(data), "--eval_tasks", "5", "--out", out]
-    assert "chain problems" in refused(ropd.main, flags) and "--judge" in refused(ropd.main, [*flags, "--teacher", "x"])
+    assert "chain problems" in refused(ropd.main, flags)
+    assert "--judge" in refused(ropd.main, [*flags, "--teacher", "x"])
     assert "as --teacher" in refused(ropd.main, [*flags, "--method", "sft"])
     assert "leave it out" in refused(ropd.main, [*flags, "--explain", "--method", "grpo"])
     assert not common.Path(out).exists()
 
 
 def test_script_runs_as_a_program(tmp_path):
-    done = subprocess.run([sys.executable, ropd.__file__, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, ropd.__file__, "--help"],
+                          capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "--no_arithmetic_criterion" in done.stdout
 
 
@@ -526,7 +557,8 @@ def test_server_request_and_key(monkeypatch):
 
 
 @pytest.mark.parametrize("script, answer, requests", [
-    ([(429, "", ""), (429, "", ""), (200, "ok", "stop")], "ok", 3), ([(503, "", "")] * 9, None, 3), ([(400, "", "")], None, 1),
+    ([(429, "", ""), (429, "", ""), (200, "ok", "stop")], "ok", 3),
+    ([(503, "", "")] * 9, None, 3), ([(400, "", "")], None, 1),
     ([(200, None, "stop")], None, 1), ([(200, "", "stop")], None, 1), ([(200, "half", "length")], None, 1)])
 def test_server_that_answers_badly(script, answer, requests):
     naps = []
@@ -553,7 +585,8 @@ def test_server_keeps_order_in_threads():
         return 200, body["messages"][0]["content"], "stop"
     with Server(behave) as server:
         names = [f"n{i}" for i in range(24)]
-        assert common.chat_backend(server.url, "m")([[{"role": "user", "content": n}] for n in names]) == names
+        conversations = [[{"role": "user", "content": n}] for n in names]
+        assert common.chat_backend(server.url, "m")(conversations) == names
 
 
 def test_training_with_a_server_as_teacher_and_judge(tiny, tmp_path):
@@ -564,10 +597,12 @@ def test_training_with_a_server_as_teacher_and_judge(tiny, tmp_path):
         is_judge = "is material to judge" in body["messages"][0]["content"]
         rule = partial(ropd.symbolic_judge, config=CONFIG) if is_judge else ropd.symbolic_teacher
         text = rule([body["messages"]])[0]
-        return (200, text[:30], "length") if count % 11 == 0 else (200, f"Here: {text}" if is_judge else text, "stop")
+        if count % 11 == 0:
+            return 200, text[:30], "length"
+        return 200, f"Here: {text}" if is_judge else text, "stop"
     with Server(behave) as server:
-        summary = ropd.train(quick(tmp_path / "r", steps=3, teacher=server.url, judge=server.url, judge_model="j",
-                                   teacher_model="t"))
+        summary = ropd.train(quick(tmp_path / "r", steps=3, teacher=server.url, judge=server.url,
+                                   judge_model="j", teacher_model="t"))
     steps = steps_of(tmp_path / "r")
     assert len(steps) == 3 and all(0 < r["reward"] < 1 for r in steps) and 0 < summary["groups_left_out"] < 12
     assert sum(sum(r["errors"].values()) for r in steps) == summary["groups_left_out"]
@@ -579,6 +614,6 @@ def test_local_model_that_writes_rubbish_as_judge(tiny, tmp_path):
     tok = common.build_tokenizer(common.CHAIN_ATOMS)
     common.tiny_model(tok, seed=5).save_pretrained(tmp_path / "judge")
     tok.save_pretrained(tmp_path / "judge")
-    summary = ropd.train(quick(tmp_path / "r", judge=str(tmp_path / "judge"), reply_tokens=16, prompts_per_step=2,
-                               group_size=2))
+    summary = ropd.train(quick(tmp_path / "r", judge=str(tmp_path / "judge"), reply_tokens=16,
+                               prompts_per_step=2, group_size=2))
     assert summary["groups_left_out"] == 4 and summary["skipped_steps"] == 0

@@ -245,8 +245,8 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
 
 
 def test_the_users_command(tmp_path):
-    """`python sod.py` as a process of its own, from saved models (else it would fit them in full); then real data
-    through the python tool."""
+    """`python sod.py` as a process of its own, from saved models (else it would fit them in full);
+    then real data through the python tool."""
     config = sod.Config()
     student, tok = sod.load_student(config, "cpu")
     for name, model in (("student", student), ("teacher", sod.load_teacher(config, tok, "cpu"))):
@@ -256,9 +256,10 @@ def test_the_users_command(tmp_path):
            "--model", "student", "--teacher", "teacher", "--threads", "1"]
     result = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "eval before" in result.stdout and "step 2/2" in result.stdout and "wrote runs/sod-sod-s0/" in result.stdout
+    assert "eval before" in result.stdout and "step 2/2" in result.stdout
+    assert "wrote runs/sod-sod-s0/" in result.stdout
     (tmp_path / "data.jsonl").write_text("\n".join(
         json.dumps({"question": f"What is {i}+1?", "answer": f"#### {i + 1}"}) for i in range(20)))
-    result = subprocess.run([*run, "--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real"],
-                            capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run([*run, "--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40",
+                             "--out", "real"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

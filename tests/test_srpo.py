@@ -44,7 +44,8 @@ def test_demonstrations_are_correct_siblings_and_never_oneself():
         size, groups = rng.randint(1, 6), rng.randint(1, 5)
         rewards = [float(rng.random() < 0.4) for _ in range(size * groups)]
         for i, demo in enumerate(srpo.pick_demonstration(rewards, size)):
-            others = [j for j in range(len(rewards)) if j // size == i // size and j != i and rewards[j] >= 0.5]
+            others = [j for j in range(len(rewards))
+                      if j // size == i // size and j != i and rewards[j] >= 0.5]
             assert demo == (others[0] if others else None)
 
 
@@ -53,14 +54,16 @@ def test_distill_chooses_right_wrong_or_all():
     chosen = {d: srpo.route(reward, demos, "sdpo", d)[1].tolist() for d in ("wrong", "right", "all")}
     assert chosen == {"wrong": [0, 1, 1, 0], "right": [1, 0, 0, 1], "all": [1, 1, 1, 1]}
     z_grpo, z_sdpo, counted = srpo.route(reward, demos, "mix")
-    assert torch.allclose(z_grpo, torch.full((4,), 0.9)) and torch.allclose(z_sdpo, torch.full((4,), 0.1)) and counted.all()
+    assert torch.allclose(z_grpo, torch.full((4,), 0.9))
+    assert torch.allclose(z_sdpo, torch.full((4,), 0.1)) and counted.all()
 
 
 def test_advantage_baseline_is_the_whole_group():
-    assert common.group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, std=False).tolist() == [0.75, -0.25, -0.25, -0.25]
+    advantages = common.group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, std=False)
+    assert advantages.tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
-# ------------------------------------------------------------------------------------------------ divergence, entropy, weights
+# ------------------------------------------------------------------------------- divergence, entropy, weights
 P, Q = torch.tensor([[0.5, 0.25, 0.25]], dtype=F64), torch.tensor([[0.8, 0.1, 0.1]], dtype=F64)
 
 
@@ -82,8 +85,10 @@ def test_jsd_gradient_on_the_logits():
 
 
 def test_entropy():
-    rows = torch.tensor([[1.0, 1e-300, 1e-300, 1e-300], [0.9, 0.1, 1e-300, 1e-300], [0.5, 0.5, 1e-300, 1e-300], [0.25] * 4], dtype=F64)
-    assert torch.allclose(srpo.entropy(rows.log()), torch.tensor([0, 0.325083, 0.693147, 1.386294], dtype=F64), atol=1e-6)
+    rows = torch.tensor([[1.0, 1e-300, 1e-300, 1e-300], [0.9, 0.1, 1e-300, 1e-300],
+                         [0.5, 0.5, 1e-300, 1e-300], [0.25] * 4], dtype=F64)
+    expected = torch.tensor([0, 0.325083, 0.693147, 1.386294], dtype=F64)
+    assert torch.allclose(srpo.entropy(rows.log()), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("entropies, beta, weights", [
@@ -112,10 +117,11 @@ def test_ema_rate_is_the_new_share():
     assert teacher.weight.item() == 0.0
 
 
-# ------------------------------------------------------------------------------------------------ one small model for all that follows
+# ----------------------------------------------------------------------- one small model for all that follows
 @pytest.fixture(scope="module", autouse=True)
 def small_fit():
-    """The real corpus and the real code, only shrunk: two operations a chain, a smaller model, fewer steps."""
+    """The real corpus and the real code, only shrunk: two operations a chain, a smaller model,
+    fewer steps."""
     patch = pytest.MonkeyPatch()
     patch.setattr(srpo, "OPERATIONS", (2, 2))
     patch.setattr(srpo, "FIT", {"documents": 8000, "steps": 500, "hidden_size": 64, "layers": 2})
@@ -137,7 +143,8 @@ def batch(base):
     model, tok = base
     rng = random.Random(5)
     tasks = [srpo.small_chain(rng) for _ in range(8)]
-    rollouts = common.rollout(model, tok, tasks, 4, max_new_tokens=24, generator=torch.Generator().manual_seed(3))
+    rollouts = common.rollout(model, tok, tasks, 4, max_new_tokens=24,
+                              generator=torch.Generator().manual_seed(3))
     return tasks, rollouts, common.rewards(rollouts, tasks)
 
 
@@ -153,12 +160,14 @@ def gradients(base, batch, **flags):
 
 # ------------------------------------------------------------------------------------------------ alignment
 def test_teacher_equals_student_on_the_same_prompt(base, batch):
-    """JSD 0 at every token; with a longer padded prompt beside it, still below 1e-6. Finds off-by-ones, positions, padding."""
+    """JSD 0 at every token; with a longer padded prompt beside it, still below 1e-6.
+    Finds off-by-ones, positions, padding."""
     model, tok = base
     tasks, rollouts, _ = batch
     rows = list(range(6))
     same = [tasks[i // 4].messages for i in rows]
-    longer = [*same[:5], srpo.reprompt(same[5], "A1, B2. " * 3)]  # only the last row differs: it pads the other five
+    # only the last row differs: it pads the other five
+    longer = [*same[:5], srpo.reprompt(same[5], "A1, B2. " * 3)]
 
     def logps(messages):
         ids, attention, mask = srpo.response_batch(tok, messages, rollouts, rows)
@@ -172,7 +181,8 @@ def test_teacher_equals_student_on_the_same_prompt(base, batch):
         assert srpo.jsd(p, p).abs().max() < 1e-7
         kept = int(lengths[:5].sum())
         assert srpo.jsd(p[:kept], q[:kept]).max() < 1e-6 and (p[:kept] - q[:kept]).abs().max() < 1e-4
-        assert srpo.jsd(p[kept:kept + 1], q[kept:kept + 1]) > 1e-6  # the demonstration reaches the first response token
+        # the demonstration reaches the first response token
+        assert srpo.jsd(p[kept:kept + 1], q[kept:kept + 1]) > 1e-6
         # and these are the log-probs that the sampler saw
         sampled = rollouts.logps[rows][rollouts.mask[rows].bool()]
         assert (p.gather(1, ids[:, None])[:, 0] - sampled).abs().max() < 1e-4
@@ -185,7 +195,8 @@ def test_the_last_token_changes_no_logit_in_use(base, batch):
     last = int(rollouts.mask[0].nonzero()[-1])
     changed.ids[0, last] = (changed.ids[0, last] + 1) % len(tok)
     with torch.no_grad():
-        a, b = (common.hidden_at(model, *srpo.response_batch(tok, [tasks[0].messages], r, [0])) for r in (rollouts, changed))
+        a, b = (common.hidden_at(model, *srpo.response_batch(tok, [tasks[0].messages], r, [0]))
+                for r in (rollouts, changed))
     assert torch.equal(a, b)
 
 
@@ -200,7 +211,8 @@ def test_teacher_prompt(base, batch):
         solution = text.split(srpo.HEADING)[1].split(srpo.CLOSING)[0]
         assert text.startswith(tasks[i // 4].messages[-1]["content"]) and text.endswith(srpo.CLOSING)
         assert common.is_correct(solution, tasks[i // 4].answer) and "<|" not in solution
-    assert srpo.teacher_messages(tok, tasks, rollouts, demos, dataclasses.replace(CONFIG, max_prompt_tokens=5)) == {}
+    tight = dataclasses.replace(CONFIG, max_prompt_tokens=5)
+    assert srpo.teacher_messages(tok, tasks, rollouts, demos, tight) == {}
     with_system = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     assert srpo.reprompt(with_system, "d")[0] is with_system[0] and with_system[1]["content"] == "q"
 
@@ -214,21 +226,24 @@ def test_thinking_is_not_shown():
 
 # ------------------------------------------------------------------------------------------------ the sum
 def test_the_combined_loss_on_worked_numbers(base, monkeypatch):
-    """rewards 1 0 0 1, lengths 2 3 1 2, JSD .1 .2 .3 | .4, entropies 0 ln2 ln4 | 0: L = -0.127273; without weights -0.125."""
+    """rewards 1 0 0 1, lengths 2 3 1 2, JSD .1 .2 .3 | .4, entropies 0 ln2 ln4 | 0: L = -0.127273;
+    without weights -0.125."""
     model, tok = base
     lengths, width = [2, 3, 1, 2], 4
     mask = torch.tensor([[0] + [1] * n + [0] * (width - 1 - n) for n in lengths])
     ids = torch.full((4, width), 5)
     zeros = torch.zeros(4, width)
-    rollouts = Rollouts(ids, (mask + torch.tensor([1, 0, 0, 0])).clamp(max=1), mask, zeros, zeros, 1, torch.ones(4),
-                        [""] * 4, [[]] * 4, [[]] * 4)
+    attention = (mask + torch.tensor([1, 0, 0, 0])).clamp(max=1)
+    rollouts = Rollouts(ids, attention, mask, zeros, zeros, 1, torch.ones(4), [""] * 4, [[]] * 4, [[]] * 4)
     task = Task([{"role": "user", "content": "q"}], "1")
     spread = {1: torch.tensor([0, math.log(2), math.log(4)]), 2: torch.zeros(1)}
     divergences = {1: [0.1, 0.2, 0.3], 2: [0.4]}
     total = []
 
     def teacher_pass(teacher, tok, messages, rollouts, config):
-        return {i: torch.tensor(divergences[i])[:, None].expand(-1, model.config.hidden_size) for i in messages}, {i: spread[i] for i in messages}
+        hidden = {i: torch.tensor(divergences[i])[:, None].expand(-1, model.config.hidden_size)
+                  for i in messages}
+        return hidden, {i: spread[i] for i in messages}
 
     def token_losses(student, teacher, hidden, targets, teacher_hidden, routed, temperature):
         start = hidden.sum() * 0  # a graph to call backward on
@@ -252,9 +267,11 @@ def test_micro_batches_and_row_order_change_nothing(base, batch):
         part, _ = gradients(base, batch, micro_batch=size)
         assert torch.allclose(whole, part, atol=1e-6)
     tasks, r, reward = batch
-    turn = [i for g in range(7, -1, -1) for i in range(4 * g, 4 * g + 4)]  # groups in reverse, each in its own order
-    turned = Rollouts(*(x[turn] for x in (r.ids, r.attention_mask, r.mask, r.logps, r.entropy)), r.prompt_length, r.finished[turn],
-                      [r.texts[i] for i in turn], [r.steps[i] for i in turn], [r.tool_status[i] for i in turn])
+    # groups in reverse, each in its own order
+    turn = [i for g in range(7, -1, -1) for i in range(4 * g, 4 * g + 4)]
+    turned = Rollouts(*(x[turn] for x in (r.ids, r.attention_mask, r.mask, r.logps, r.entropy)),
+                      r.prompt_length, r.finished[turn], [r.texts[i] for i in turn],
+                      [r.steps[i] for i in turn], [r.tool_status[i] for i in turn])
     other, _ = gradients(base, (tasks[::-1], turned, reward[turn]))
     assert torch.allclose(whole, other, atol=1e-6)
 
@@ -271,7 +288,8 @@ def test_without_routed_rollouts_srpo_is_grpo(base, batch):
 
 
 def test_each_loss_moves_its_own_quantity(base, batch):
-    """A small step along the gradient: SDPO lowers the divergence on this batch, GRPO raises log p of successes, SRPO does both."""
+    """A small step along the gradient: SDPO lowers the divergence on this batch,
+    GRPO raises log p of successes, SRPO does both."""
     model, tok = base
     tasks, rollouts, reward = batch
     mixed = [i for i in range(32) if reward[i] and not reward.view(8, 4)[i // 4].all()]
@@ -285,7 +303,8 @@ def test_each_loss_moves_its_own_quantity(base, batch):
     for method in ("sdpo", "grpo", "srpo"):
         student, teacher = copy.deepcopy(model), copy.deepcopy(model)
         before = quantities(student)
-        srpo.backward(student, teacher, tok, tasks, rollouts, reward, dataclasses.replace(CONFIG, method=method, distill="wrong"))
+        config = dataclasses.replace(CONFIG, method=method, distill="wrong")
+        srpo.backward(student, teacher, tok, tasks, rollouts, reward, config)
         with torch.no_grad():
             for p in student.parameters():
                 p -= 0.05 * p.grad if p.grad is not None else 0
@@ -299,21 +318,26 @@ def test_each_loss_moves_its_own_quantity(base, batch):
 # ------------------------------------------------------------------------------------------------ whole runs
 def run(folder, *flags):
     """One run on the small base, in process; returns its summary and its log."""
-    srpo.main(["--out", str(folder), "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "24", "--eval_tasks", "30",
+    srpo.main(["--out", str(folder), "--prompts_per_step", "4", "--group_size", "4",
+               "--max_new_tokens", "24", "--eval_tasks", "30",
                "--eval_every", "0", "--gate_tasks", "0", *flags])
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((folder / "summary.json").read_text()), [r for r in records if "eval" not in r and "gates" not in r]
+    steps = [r for r in records if "eval" not in r and "gates" not in r]
+    return json.loads((folder / "summary.json").read_text()), steps
 
 
 @pytest.mark.parametrize("flags", [
-    ["--method", "sdpo", "--distill", "right", "--ema", "0"], ["--method", "sdpo", "--distill", "all", "--ema", "1"],
-    ["--method", "grpo"], ["--method", "mix"], ["--method", "srpo_no_weight", "--micro_batch", "5"], ["--beta", "2", "--distill", "all"]],
+    ["--method", "sdpo", "--distill", "right", "--ema", "0"],
+    ["--method", "sdpo", "--distill", "all", "--ema", "1"],
+    ["--method", "grpo"], ["--method", "mix"], ["--method", "srpo_no_weight", "--micro_batch", "5"],
+    ["--beta", "2", "--distill", "all"]],
     ids=" ".join)
 def test_every_method_runs(tmp_path, flags):
     summary, steps = run(tmp_path / "r", "--steps", "2", *flags)
     assert len(steps) == 2 and 0 <= summary["accuracy_after"] <= 1 and summary["skipped_steps"] == 0
     for r in steps:
-        assert {"reward", "solved", "finished", "length", "routed", "all_wrong", "all_right", "teacher_seconds"} <= r.keys()
+        assert {"reward", "solved", "finished", "length", "routed", "all_wrong", "all_right",
+                "teacher_seconds"} <= r.keys()
         assert ("jsd" in r) == (r["routed"] > 0) == ("teacher H" in r) and 0 <= r.get("jsd", 0) <= math.log(2)
         assert "grpo" not in flags or r["routed"] == 0
 
@@ -336,12 +360,14 @@ def test_without_signal_neither_student_nor_teacher_moves(tmp_path, monkeypatch,
 
 
 def test_training_solves_the_problems_it_sees_again_and_again(tmp_path):
-    """Four training problems: within 20 steps most of their rollouts are right. What is new to it is another matter."""
+    """Four training problems: within 20 steps most of their rollouts are right.
+    What is new to it is another matter."""
     rng = random.Random(4)
-    rows = [{"question": task.messages[0]["content"], "answer": task.answer} for task in (srpo.small_chain(rng) for _ in range(8))]
+    tasks = [srpo.small_chain(rng) for _ in range(8)]
+    rows = [{"question": task.messages[0]["content"], "answer": task.answer} for task in tasks]
     (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    _, steps = run(tmp_path / "r", "--data", str(tmp_path / "few.jsonl"), "--eval_tasks", "4", "--group_size", "16",
-                   "--steps", "20", "--lr", "1e-3", "--save_every", "0")
+    _, steps = run(tmp_path / "r", "--data", str(tmp_path / "few.jsonl"), "--eval_tasks", "4",
+                   "--group_size", "16", "--steps", "20", "--lr", "1e-3", "--save_every", "0")
     solved = [r["solved"] for r in steps]
     assert sum(solved[-5:]) / 5 > sum(solved[:2]) / 2 + 0.2
 
@@ -350,10 +376,11 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     model, tok = base
     rng = random.Random(9)
     found = srpo.gates(model, tok, [srpo.small_chain(rng) for _ in range(10)], CONFIG)
-    assert set(found) == {"student", "groups", "sibling", "other"} and all(0 <= v <= 1 for v in found.values())
+    assert set(found) == {"student", "groups", "sibling", "other"}
+    assert all(0 <= v <= 1 for v in found.values())
     small = ["--prompts_per_step", "8", "--group_size", "8", "--max_new_tokens", "24"]
-    srpo.main([*small, "--compare", "--steps", "1", "--eval_tasks", "10", "--gate_tasks", "0", "--save_every", "0",
-               "--out", str(tmp_path / "c")])
+    srpo.main([*small, "--compare", "--steps", "1", "--eval_tasks", "10", "--gate_tasks", "0",
+               "--save_every", "0", "--out", str(tmp_path / "c")])
     out = capsys.readouterr().out
     assert all(out.count(f"\n| {name} ") == 1 for name in srpo.ROWS)
     srpo.main([*small, "--explain"])
@@ -362,22 +389,26 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--method", "ppo"], "--method"), (["--ema", "1.5"], "--ema"), (["--ema", "-1"], "--ema"), (["--minibatches", "2"], "--minibatches"),
+    (["--method", "ppo"], "--method"), (["--ema", "1.5"], "--ema"), (["--ema", "-1"], "--ema"),
+    (["--minibatches", "2"], "--minibatches"),
     (["--data", "none.json"], "none.json"), (["--distil", "all"], "--distil"), (["--beta", "nan"], "--beta")])
 def test_bad_input_is_one_sentence(flags, words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         srpo.main(["--out", str(tmp_path / "r"), *flags])
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and words in error and error.startswith("error: ") and len(error.splitlines()) == 1
+    assert stop.value.code == 2 and words in error
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
 
 
 def test_choice_letters_in_the_paper_s_format(tmp_path):
-    rows = [{"prompt": f"Question {i}?\nA: 1\nB: 2", "answer": "B", "system": "Answer in <answer> tags.", "kind": "mcq"} for i in range(12)]
+    rows = [{"prompt": f"Question {i}?\nA: 1\nB: 2", "answer": "B",
+             "system": "Answer in <answer> tags.", "kind": "mcq"} for i in range(12)]
     (tmp_path / "mcq.json").write_text("\n".join(map(json.dumps, rows)))
     train, _ = common.load_tasks(str(tmp_path / "mcq.json"), 4)
     right = "<reasoning>\nA or B\n</reasoning>\n<answer>\nB\n</answer>"
     assert common.is_correct(right, train[0].answer)
-    for wrong in ("<answer>A</answer>", "B or A", "<answer>B", "<answer>BB</answer>", "<answer>A and B</answer>"):
+    for wrong in ("<answer>A</answer>", "B or A", "<answer>B", "<answer>BB</answer>",
+                  "<answer>A and B</answer>"):
         assert not common.is_correct(wrong, train[0].answer), wrong
     assert [m["role"] for m in srpo.reprompt(train[0].messages, right)] == ["system", "user"]
 
