@@ -179,6 +179,8 @@ def smaller_fits():
     common.fit_tiny = lambda *args, steps, **rest: fit(*args, steps=steps // 2, **rest)
     sod.demonstrations = lambda tok, n, *rest, **more: demonstrations(tok, n // 2, *rest, **more)
     sod.improve.__defaults__ = (20,)
+    config = sod.Config()
+    sod.load_teacher(config, sod.load_student(config, "cpu")[1], "cpu")  # here, so that no test sees its bar
     yield
     common.fit_tiny, sod.demonstrations, sod.improve.__defaults__ = fit, demonstrations, improve
 
