@@ -181,12 +181,12 @@ class Index:
 
     def scores(self, query, k1=1.2, b=0.75):
         """{token: weight} -> BM25 score of every document, shape (documents,)."""
-        n, out = len(self.keys), np.zeros(len(self.keys))
-        lengths = np.array(self.lengths)
-        norm = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9)) if n else out
+        n, lengths = len(self.keys), np.array(self.lengths)
+        out, mean = np.zeros(n), max(lengths.sum() / max(n, 1), 1e-9)
+        norm = k1 * (1 - b + b * lengths / mean)
         for token, weight in query.items():
             if token in self.postings:
-                docs, counts = (np.array(a) for a in self.postings[token])
+                docs, counts = map(np.array, self.postings[token])
                 idf = math.log(1 + (n - len(docs) + 0.5) / (len(docs) + 0.5))
                 out[docs] += weight * idf * counts * (k1 + 1) / (counts + norm[docs])
         return out
@@ -210,8 +210,8 @@ class Store:
     def new_id(self, letter, *parts):
         """t5 and b17, never reused; a hash for what System2 finds: the same finding gets the same id."""
         number = len(self.turns if letter == "t" else self.beliefs) + 1
-        prefix = "" if self.user == "user" else self.user + "/"
-        return prefix + letter + (digest(*parts) if parts else str(number))
+        name = f"{letter}{digest(*parts) if parts else number}"
+        return name if self.user == "user" else f"{self.user}/{name}"
 
     def commit(self, op, ids=(), said="", reason="", **data):
         event = Event(len(self.log) + 1, op, list(ids), said, reason, data)
@@ -258,9 +258,8 @@ class Store:
         belief.slot, belief.sources = tuple(belief.slot), [tuple(s) for s in belief.sources]
         before, after = self.beliefs.get(prev), self.beliefs.get(next)
         # The neighbours must still be neighbours: two writers who read one head cannot both append to it.
-        fits = (before.next == next if before else after.prev is None if after
-                else belief.slot not in self.heads)
-        if not fits or belief.id in self.beliefs:
+        ids = [None, *(b.id for b in self.chain(belief.slot)), None]
+        if (prev, next) not in zip(ids, ids[1:]) or belief.id in self.beliefs:
             raise DcpmError(f"{belief.id} would fork the chain of {belief.slot}; read its head again")
         belief.prev, belief.next, belief.link_kind = prev, next, kind if before else None
         if before:
@@ -306,20 +305,20 @@ class Store:
 # ------------------------------------------------------------------ System1: inside every write
 def slot_of(store, claim):
     """The dimension a claim speaks about: single-valued attributes have one chain, others one per value."""
-    attribute, value = claim.attribute, " ".join(sorted(set(words(DATE.sub(" ", claim.value)))))
     if claim.slot:
         return claim.slot
-    if attribute == "?":  # "gave up coffee": whichever live chain is about coffee
-        live = [a for a in ("likes", "hobby", "possession", "habit")
-                if (claim.subject, a, value) in store.heads]
-        attribute = live[0] if live else "likes"
+    attribute, value = claim.attribute, " ".join(sorted(set(words(DATE.sub(" ", claim.value)))))
+    if attribute == "?":  # "gave up coffee": the first chain about coffee, or a new one
+        several = ("likes", "hobby", "possession", "habit")
+        known = [a for a in several if (claim.subject, a, value) in store.heads]
+        attribute = known[0] if known else "likes"
     elif attribute == "cancel":  # the open plan that shares most words; without one it stays a free fact
         plans = [store.head(s) for s in store.members.get((claim.subject, "plan"), ())]
         asked = set(words(claim.value))
-        shared = [(len(asked & set(words(p.value))), p.slot) for p in plans if p.polarity == 1]
-        best = max(shared, key=lambda pair: pair[0], default=(0, None))
-        if best[0]:
-            return best[1]
+        shared = {p.slot: len(asked & set(words(p.value))) for p in plans if p.polarity == 1}
+        best = max(shared, key=shared.get, default=None)
+        if shared.get(best):
+            return best
         attribute = "event"
     single = attribute in SINGLE or attribute.startswith("favorite")
     slot = (claim.subject, attribute, None if single else value)
@@ -353,33 +352,33 @@ def decide(store, claim, slot):
     if head is None:
         return Decision("ADD")
     if head.status == "suppressed" and key(head.value) == key(claim.value):
-        return Decision("CONFIRM", node=head)
+        return Decision("CONFIRM", node=head.id)
     if claim.t_event >= head.t_event:
         if not same(head):
             return Decision("RETRACT" if claim.polarity < 1 else "SUPERSEDE", prev=head.id, kind="supersede")
-        old, new = (set(words(DATE.sub("", x.text))) for x in (head, claim))
+        old, new = set(words(DATE.sub("", head.text))), set(words(DATE.sub("", claim.text)))
         if old < new or (claim.detail and not new <= old):
             return Decision("REFINE", prev=head.id, kind="refine")
-        return Decision("CONFIRM", node=head)
+        return Decision("CONFIRM", node=head.id)
     # Told late. Making it the head, as the authors' code does, would bring back the past as the present.
     after = next(b for b in store.chain(slot) if b.t_event > claim.t_event)
     before = store.beliefs.get(after.prev)
     for neighbour in (before, after):
         if neighbour and same(neighbour):
-            return Decision("CONFIRM", node=neighbour)
+            return Decision("CONFIRM", node=neighbour.id)
     return Decision("SPLICE", prev=after.prev, next=after.id, kind="supersede")
 
 
 def new_belief(store, turn, claim, slot, decision):
     """The node that a claim becomes; only a refinement takes over text and sources of its predecessor."""
-    source, old, text = (turn.id, *claim.span, claim.reliability), store.beliefs.get(decision.prev), claim.text
-    refines = decision.op == "REFINE"
-    if refines and not set(words(old.text)) <= set(words(text)):
+    old, text = store.beliefs.get(decision.prev), claim.text
+    inherited = old.sources if decision.op == "REFINE" else []
+    if inherited and not set(words(old.text)) <= set(words(text)):
         text = f"{old.text}; {text}"
     because = re.search(r"\b(?:because|since|so that)\b (.+)", claim.text, re.I)
     return Belief(
         store.new_id("b"), claim.layer, slot, claim.value, claim.polarity, text,
-        t_event=claim.t_event, t_seen=store.clock, sources=[*(old.sources if refines else ()), source],
+        claim.t_event, store.clock, [*inherited, (turn.id, *claim.span, claim.reliability)],
         domain=domain_of(text), tags=list(poles_of(text)) if claim.polarity == 1 else [], until=claim.until,
         reason=because.group(1) if because else f"told {turn.t[:10]}" if old else "")
 
@@ -391,10 +390,10 @@ def write_claims(store, turn, claims):
         claim.t_event = claim.t_event or turn.t
         slot = slot_of(store, claim)
         decision = decide(store, claim, slot)
-        op, node = decision.op, decision.node
+        op, node = decision.op, store.beliefs.get(decision.node)
         # One operation per existing node and turn: else one sentence said twice would confirm itself.
-        existing = {decision.prev, decision.next, node and node.id} - {None}
-        if existing & touched or (node and any(turn_id == turn.id for turn_id, *_ in node.sources)):
+        existing = {decision.node, decision.prev, decision.next} - {None}
+        if existing & touched or (node and turn.id in [source[0] for source in node.sources]):
             continue
         touched |= existing
         if op == "CONFIRM":
@@ -452,17 +451,17 @@ def induce_rules(store, pool):
     for row, b in zip(vectors, pool):
         row[[columns[tag] for tag in b.tags]] = 1 / math.sqrt(len(b.tags))
         row[[columns[b.domain], columns[b.slot[0]]]] = 1
+    labels = two_stage_dbscan(vectors) if pool else []
     groups = defaultdict(list)  # a cluster may chain two poles together; a schema has one
-    for label, b in zip(two_stage_dbscan(vectors) if pool else (), pool):
-        for pole in b.tags if label >= 0 else ():
-            groups[b.slot[0], b.domain, pole].append(b)
-    found = []
+    for b, label in zip(pool, labels):
+        for pole in b.tags:
+            if label >= 0:  # -1: in no cluster
+                groups[b.slot[0], b.domain, pole].append(b)
     for (subject, domain, pole), beliefs in sorted(groups.items()):
         tags = Counter(tag for b in beliefs for tag in b.tags)
         vector = {tag: round(n / tags.total(), 4) for tag, n in sorted(tags.items())}
         text = f"In {domain}, {called(subject)} {POLES[pole][1]}."
-        found.append((subject, domain, pole, text, vector, [b.id for b in beliefs]))
-    return found
+        yield subject, domain, pole, text, vector, [b.id for b in beliefs]
 
 
 def name_core_rules(members):
@@ -484,8 +483,8 @@ def refresh_schema(schema, store, x):
     s = len({store.beliefs[i].slot for i in schema.live})  # a chain counts once, by its head
     sessions = {store.turns[src[0]].session for i in schema.live for src in store.beliefs[i].sources}
     schema.confidence = round((s + 1) / (s + x + 2), 4)
-    schema.status = ("dormant" if s < 2 else "forming" if s < 3 or len(sessions) < 2
-                     else "stable" if schema.confidence >= 0.65 else "contested")
+    known, sure = s >= 3 and len(sessions) >= 2, schema.confidence >= 0.65
+    schema.status = "dormant" if s < 2 else "forming" if not known else "stable" if sure else "contested"
 
 
 def holds(belief):
@@ -513,8 +512,8 @@ def collisions(schemas, store):
         for j in map(int, row):
             a, b = schemas[i], schemas[j]
             if a.subject == b.subject and a.domain != b.domain:
-                both = [(a.vector.get(k, 0), b.vector.get(k, 0)) for k in {**a.vector, **b.vector}]
-                alike = sum(map(min, both)) / sum(map(max, both))  # weighted Jaccard
+                u, v = Counter(a.vector), Counter(b.vector)
+                alike = (u & v).total() / (u | v).total()  # weighted Jaccard: sum of minima / sum of maxima
                 if alike >= BEHAVIOUR_ALIKE and (content[i] @ content[j].T).sum() < CONTENT_UNLIKE:
                     pairs.add((min(i, j), max(i, j)))
     return sorted(pairs)
@@ -522,13 +521,13 @@ def collisions(schemas, store):
 
 def collision_groups(n, pairs):
     """Merge what is linked; drop who collides with less than half of the group: merging is transitive."""
-    group_of, linked = {i: [i] for i in range(n)}, {*pairs, *((j, i) for i, j in pairs)}
+    group_of = {i: [i] for i in range(n)}
     for i, j in pairs:
         merged = sorted({*group_of[i], *group_of[j]})
-        group_of.update((k, merged) for k in merged)
+        group_of.update(dict.fromkeys(merged, merged))
     for group in map(list, sorted({tuple(group) for group in group_of.values()})):
         while len(group) > 1:
-            degree = {i: sum((i, j) in linked for j in group) for i in group}
+            degree = {i: sum((i, j) in pairs or (j, i) in pairs for j in group) for i in group}
             worst = min(group, key=degree.get)
             if degree[worst] >= (len(group) - 1) / 2:
                 yield group
@@ -540,11 +539,11 @@ def refresh_core(core, schemas):
     """Evidence = union of the members'; confidence = the weaker of the two best members' domains."""
     core.members = sorted(set(core.members))
     core.evidence = sorted({i for m in core.members for i in schemas[m].evidence})
-    stable = (schemas[m] for m in core.members if schemas[m].status == "stable")
-    # Ascending, so that of the members of one domain the best one counts.
-    best = dict(sorted(((s.domain, s.confidence) for s in stable), key=lambda pair: pair[1]))
-    known = len(best) >= 2
-    core.status, core.confidence = ("stable", sorted(best.values())[-2]) if known else ("dormant", 0.0)
+    stable = [schemas[m] for m in core.members if schemas[m].status == "stable"]
+    best = {s.domain: s.confidence for s in sorted(stable, key=lambda s: s.confidence)}  # the last one stays
+    core.status, core.confidence = "dormant", 0.0
+    if len(best) >= 2:
+        core.status, core.confidence = "stable", sorted(best.values())[-2]
     if any(schemas[m].text == WITHDRAWN for m in core.members):
         core.text, core.status = WITHDRAWN, "dormant"
 
@@ -567,8 +566,9 @@ def plan_schemas(store, now, backend):
         refresh_schema(schema, store, shows[schema.subject, schema.domain, opposite(schema.behaviour)])
     for new in schemas.values():
         old = schemas.get(store.new_id("s", new.subject, new.domain, opposite(new.behaviour)))
-        if old and new.status == "stable" != old.status and (old.created, old.id) < (new.created, new.id):
-            if not (old.prev or old.next or new.prev or new.next):
+        if old and old.status != "stable" and new.status == "stable":
+            linked = old.prev or old.next or new.prev or new.next
+            if not linked and (old.created, old.id) < (new.created, new.id):
                 new.prev, old.next = old.id, new.id
     return schemas
 
@@ -582,14 +582,14 @@ def plan_cores(store, now, schemas, backend, sweep):
         members = [stable[i] for i in group]
         ids = {m.id for m in members}
         known = [c for c in cores.values() if ids & set(c.members)]
-        if known:  # the core that shares most members, then the oldest: never whichever comes first
-            core = min(known, key=lambda c: (-len(ids & set(c.members)), c.created, c.id))
-        elif named := backend.name_core(members):  # a null answer is allowed: no core
+        if not known:
+            named = backend.name_core(members)
+            if not named:  # a null answer is allowed: no core
+                continue
             id_ = store.new_id("c", members[0].subject, named[0])
-            core = cores.setdefault(id_, Core(id_, members[0].subject, *named, now))
-        else:
-            continue
-        core.members += ids
+            known = [cores.setdefault(id_, Core(id_, members[0].subject, *named, now))]
+        # The core that shares most members, then the oldest: never whichever comes first.
+        min(known, key=lambda c: (-len(ids & set(c.members)), c.created, c.id)).members += ids
     for core in cores.values():
         refresh_core(core, schemas)
     return cores
@@ -597,8 +597,8 @@ def plan_cores(store, now, schemas, backend, sweep):
 
 def plan_intentions(store, now):
     intentions = copy.deepcopy(store.intentions)
-    slots = [s for who in store.speakers for s in store.members.get((who, "plan"), ())]
-    for belief in (b for slot in slots for b in store.chain(slot) if b.until):
+    plans = [b for b in store.beliefs.values() if b.slot[0] in store.speakers and b.slot[1] == "plan"]
+    for belief in (b for b in plans if b.until):
         id_ = store.new_id("i", belief.slot[0], key(belief.value), belief.until)
         item = intentions.setdefault(id_, Intention(id_, belief.value, belief.until, []))
         item.evidence = sorted({*item.evidence, belief.id})
@@ -665,8 +665,8 @@ def rank_turns(store, question, now, k=100):
     asked = re.findall(r"\w+", question.lower())
     people = [i for i, s in enumerate(store.speakers) if s.lower() in asked]
     names = {stem(store.speakers[i].lower()) for i in people}  # in a turn it is mostly the *other* who calls
-    query = Counter(w for w in words(DATE.sub(" ", question)) if w not in names) or Counter(words(question))
-    base = store.turn_index.scores(query, b=0.5)
+    query = [w for w in words(DATE.sub(" ", question)) if w not in names]
+    base = store.turn_index.scores(Counter(query or words(question)), b=0.5)
     session, speaker, day = (np.array(store.columns[c]) for c in ("session", "speaker", "day"))
     scores, same = base.copy(), session[1:] == session[:-1]
     scores[1:] += 0.5 * base[:-1] * same
@@ -705,9 +705,8 @@ def people_in(store, question):
 
 def asked_about(question):
     """Single-valued attributes that a question is about."""
-    favourites = re.findall(r"\bfavou?rite (\w+)", question, re.I)
-    return [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)] + [
-        f"favorite {thing.lower()}" for thing in favourites]
+    favourites = [f"favorite {thing.lower()}" for thing in re.findall(r"\bfavou?rite (\w+)", question, re.I)]
+    return [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)] + favourites
 
 
 def visible_schemas(store, now):
@@ -719,8 +718,8 @@ def visible_schemas(store, now):
 
     def rank(node):  # decay is applied while reading: stored, it would depend on how often System2 runs
         seen = max(store.beliefs[i].t_seen for i in node.evidence)
-        idle = (date.fromisoformat(now[:10]) - date.fromisoformat(seen[:10])).days
-        return -node.confidence * 2 ** (-max(0, idle) / 180), node.id
+        idle = max(0, (date.fromisoformat(now[:10]) - date.fromisoformat(seen[:10])).days)
+        return -node.confidence * 2 ** (-idle / 180), node.id
     schemas = sorted((s for s in store.schemas.values() if alive(s)), key=rank)
     domain = {s.id: s.domain for s in schemas}
     cores = [c for c in store.cores.values()
@@ -730,16 +729,16 @@ def visible_schemas(store, now):
 
 def chain_line(store, slot):
     """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; no suppressed nodes."""
-    chain, entries = store.visible(slot), []
+    chain, steps, entries = store.visible(slot), [], []
     for b in chain:
         text = b.text if b.link_kind == "refine" else b.value or "none"
         text = f"no longer {text}" if b.polarity < 1 and b.value else text
-        entries.append((b.t_event, text, ", current" if b.status == "active" else ""))
-    if len(chain) < 2:
-        return Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event) if chain else None
-    steps = " → ".join(f"{text} ({t[:10]}{mark})" for t, text, mark in entries)
-    entries = [(t, text + mark) for t, text, mark in entries]
-    return Line(b.id, "fact", f"{slot[0]} {slot[1]}: {steps}", b.t_event, entries)
+        mark = ", current" if b.status == "active" else ""
+        steps.append(f"{text} ({b.t_event[:10]}{mark})")
+        entries.append((b.t_event, text + mark))
+    if len(chain) > 1:
+        return Line(b.id, "fact", f"{slot[0]} {slot[1]}: {' → '.join(steps)}", b.t_event, entries)
+    return Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event) if chain else None
 
 
 def recall(store, question, now, budget=800, schemas=True, sweep=True, separate=False):
@@ -783,22 +782,22 @@ def assemble(store, wanted, question, now, budget, separate):
     """Fill the shares, whole lines only; the rest flows to facts, raw turns, then the newest facts."""
     chosen, left = {}, budget
 
-    def spend(lines, tokens):
+    def spend(lines, tokens):  # -> how many were used
+        used = 0
         for line in lines:
-            if line.id not in chosen and line.cost <= tokens:
+            if line.id not in chosen and used + line.cost <= tokens:
                 chosen[line.id] = line
-                tokens -= line.cost
-        return tokens
+                used += line.cost
+        return used
     if separate:
-        chosen.update((n.id, n) for n in wanted["schema"][:SCHEMA_LINES])
+        chosen.update((n.id, n) for n in wanted.pop("schema")[:SCHEMA_LINES])
     # Small fixed shares first, so that a hundred matching facts cannot push the profile or a plan out.
     for channel, share in SHARES.items():
-        share = int(budget * share)
-        left -= 0 if separate and channel == "schema" else share - spend(wanted[channel], share)
-    left = spend(wanted["fact"], left)
+        left -= spend(wanted.get(channel, []), int(budget * share))
+    left -= spend(wanted["fact"], left)
     cited = {s[0] for i in chosen if i in store.beliefs for s in store.beliefs[i].sources}
     turns = [store.turns[i] for _, i in rank_turns(store, question, now, 50) if i not in cited]
-    left = spend([Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t) for t in turns], left)
+    left -= spend([Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t) for t in turns], left)
     spend(wanted["newest"], left)
 
     def order(line):  # cores, schemas, profile and identity, then everything else by time

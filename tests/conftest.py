@@ -6,9 +6,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,7 +22,7 @@ def session_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = folder
     os.environ["HF_HUB_OFFLINE"] = "1"  # for scripts run as processes of their own
     # here: offline, not even our own `Server` would be reached
-    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    constants.HF_HUB_OFFLINE = False
     return folder
 
 
