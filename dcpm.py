@@ -237,8 +237,8 @@ class Store:
             for kind, cls in (("schemas", Schema), ("cores", Core), ("intentions", Intention)):
                 getattr(self, kind).update({n["id"]: cls(**copy.deepcopy(n)) for n in data[kind]})
         elif event.op != "FAILED":  # which only records that a model gave nothing usable
-            self._insert(Belief(**copy.deepcopy(data["belief"])), data.get("prev"), data.get("next"),
-                         data.get("kind"))
+            kind = "refine" if event.op == "REFINE" else "supersede"
+            self._insert(Belief(**copy.deepcopy(data["belief"])), data.get("prev"), data.get("next"), kind)
 
     def _keep(self, turn):
         if turn.id in self.turns:
@@ -258,8 +258,13 @@ class Store:
         belief.slot, belief.sources = tuple(belief.slot), [tuple(s) for s in belief.sources]
         before, after = self.beliefs.get(prev), self.beliefs.get(next)
         # The neighbours must still be neighbours: two writers who read one head cannot both append to it.
-        ids = [None, *(b.id for b in self.chain(belief.slot)), None]
-        if (prev, next) not in zip(ids, ids[1:]) or belief.id in self.beliefs:
+        if before:
+            fits = before.next == next and before.slot == belief.slot
+        elif after:
+            fits = after.prev is None and after.slot == belief.slot
+        else:
+            fits = belief.slot not in self.heads
+        if not fits or belief.id in self.beliefs:
             raise DcpmError(f"{belief.id} would fork the chain of {belief.slot}; read its head again")
         belief.prev, belief.next, belief.link_kind = prev, next, kind if before else None
         if before:
@@ -308,10 +313,10 @@ def slot_of(store, claim):
     if claim.slot:
         return claim.slot
     attribute, value = claim.attribute, " ".join(sorted(set(words(DATE.sub(" ", claim.value)))))
-    if attribute == "?":  # "gave up coffee": the first chain about coffee, or a new one
-        several = ("likes", "hobby", "possession", "habit")
-        known = [a for a in several if (claim.subject, a, value) in store.heads]
-        attribute = known[0] if known else "likes"
+    if attribute == "?":  # "gave up coffee": a chain about coffee which that changes, or any, or a new one
+        heads = [store.head((claim.subject, a, value)) for a in ("likes", "hobby", "possession", "habit")]
+        known = sorted((h for h in heads if h), key=lambda h: h.polarity == claim.polarity)
+        attribute = known[0].slot[1] if known else "likes"
     elif attribute == "cancel":  # the open plan that shares most words; without one it stays a free fact
         plans = [store.head(s) for s in store.members.get((claim.subject, "plan"), ())]
         asked = set(words(claim.value))
@@ -328,8 +333,13 @@ def slot_of(store, claim):
     return slot
 
 
-# What reconciling decided: `node` is the one to confirm; `prev` and `next` are the neighbours of a new one.
-Decision = namedtuple("Decision", "op node prev next kind", defaults=(None,) * 4)
+def same(a, b):
+    """Do two claims or beliefs of one slot say the same? A plan with another date does not."""
+    return (key(a.value), a.polarity, a.until) == (key(b.value), b.polarity, b.until)
+
+
+# What reconciling decided, in ids: `node` is the one to confirm, `prev` and `next` the neighbours of a new one.
+Decision = namedtuple("Decision", "op node prev next", defaults=(None,) * 3)
 
 
 def decide(store, claim, slot):
@@ -337,36 +347,34 @@ def decide(store, claim, slot):
 
         no head                                   ADD
         the same value, asked to be forgotten     CONFIRM: whatever is said about it now, it stays forgotten
-        t(c) >= t(h), other value or polarity     SUPERSEDE, or RETRACT if c denies: a new head
-        t(c) >= t(h), strictly more specific      REFINE: a new head that keeps what the old one rests on
+        t(c) >= t(h), other value or polarity     SUPERSEDE, or RETRACT if c denies or takes back: a new head
+        t(c) >= t(h), more words or a qualifier   REFINE: a new head that keeps what the old one rests on
         t(c) >= t(h), the same                    CONFIRM: one more source, no new node
         t(c) <  t(h), equals a neighbour in time  CONFIRM that neighbour
         t(c) <  t(h)                              SPLICE: goes in where it belongs, the head stays
 
     Slot and polarity, never similarity: cosine cannot tell "likes coffee" from "no longer likes coffee".
-    Only the head counts as a duplicate: A, then B, then A again are three nodes.
+    Told in time, only the head counts as a duplicate: A, then B, then A again are three nodes.
     """
-    def same(b):
-        return (key(b.value), b.polarity) == (key(claim.value), claim.polarity)
     head = store.head(slot)
     if head is None:
         return Decision("ADD")
     if head.status == "suppressed" and key(head.value) == key(claim.value):
         return Decision("CONFIRM", node=head.id)
     if claim.t_event >= head.t_event:
-        if not same(head):
-            return Decision("RETRACT" if claim.polarity < 1 else "SUPERSEDE", prev=head.id, kind="supersede")
+        if not same(head, claim):
+            return Decision("RETRACT" if claim.polarity < 1 else "SUPERSEDE", prev=head.id)
         old, new = set(words(DATE.sub("", head.text))), set(words(DATE.sub("", claim.text)))
         if old < new or (claim.detail and not new <= old):
-            return Decision("REFINE", prev=head.id, kind="refine")
+            return Decision("REFINE", prev=head.id)
         return Decision("CONFIRM", node=head.id)
     # Told late. Making it the head, as the authors' code does, would bring back the past as the present.
     after = next(b for b in store.chain(slot) if b.t_event > claim.t_event)
     before = store.beliefs.get(after.prev)
     for neighbour in (before, after):
-        if neighbour and same(neighbour):
+        if neighbour and same(neighbour, claim):
             return Decision("CONFIRM", node=neighbour.id)
-    return Decision("SPLICE", prev=after.prev, next=after.id, kind="supersede")
+    return Decision("SPLICE", prev=after.prev, next=after.id)
 
 
 def new_belief(store, turn, claim, slot, decision):
@@ -376,6 +384,8 @@ def new_belief(store, turn, claim, slot, decision):
     if inherited and not set(words(old.text)) <= set(words(text)):
         text = f"{old.text}; {text}"
     because = re.search(r"\b(?:because|since|so that)\b (.+)", claim.text, re.I)
+    if because and (DATE.match(because.group()) or DATE.match(because.group(1))):  # "since 2021" is no reason
+        because = None
     return Belief(
         store.new_id("b"), claim.layer, slot, claim.value, claim.polarity, text,
         claim.t_event, store.clock, [*inherited, (turn.id, *claim.span, claim.reliability)],
@@ -384,18 +394,15 @@ def new_belief(store, turn, claim, slot, decision):
 
 
 def write_claims(store, turn, claims):
-    """Reconcile and apply the claims of one turn; an existing node is touched at most once. -> [(op, id)]."""
-    ops, touched = [], set()
+    """Reconcile and apply the claims of one turn, one after the other. -> [(op, id)]."""
+    ops = []
     for claim in claims:
         claim.t_event = claim.t_event or turn.t
         slot = slot_of(store, claim)
         decision = decide(store, claim, slot)
         op, node = decision.op, store.beliefs.get(decision.node)
-        # One operation per existing node and turn: else one sentence said twice would confirm itself.
-        existing = {decision.node, decision.prev, decision.next} - {None}
-        if existing & touched or (node and turn.id in [source[0] for source in node.sources]):
-            continue
-        touched |= existing
+        if node and turn.id in [source[0] for source in node.sources]:
+            continue  # said twice in one turn: a sentence cannot confirm itself
         if op == "CONFIRM":
             # Told again with an earlier date: it was true since then, but not before its predecessor.
             earliest = store.beliefs[node.prev].t_event if node.prev else ""
@@ -404,7 +411,7 @@ def write_claims(store, turn, claims):
         else:
             node = new_belief(store, turn, claim, slot, decision)
             store.commit(op, [node.id], turn.id, node.reason, belief=asdict(node),
-                         prev=decision.prev, next=decision.next, kind=decision.kind)
+                         prev=decision.prev, next=decision.next)
         ops.append((op, node.id))
     return ops
 
@@ -446,11 +453,12 @@ def induce_rules(store, pool):
     """
     pool = [b for b in pool if b.tags and b.domain]
     # One column per pole, domain and person: two beliefs are near iff behaviour, domain and person agree.
-    columns = {name: i for i, name in enumerate([*POLES, *DOMAINS, *store.speakers])}
+    names = [("pole", p) for p in POLES] + [("domain", d) for d in DOMAINS] + [("who", w) for w in store.speakers]
+    columns = {name: i for i, name in enumerate(names)}
     vectors = np.zeros((len(pool), len(columns)))
     for row, b in zip(vectors, pool):
-        row[[columns[tag] for tag in b.tags]] = 1 / math.sqrt(len(b.tags))
-        row[[columns[b.domain], columns[b.slot[0]]]] = 1
+        row[[columns["pole", tag] for tag in b.tags]] = 1 / math.sqrt(len(b.tags))
+        row[[columns["domain", b.domain], columns["who", b.slot[0]]]] = 1
     labels = two_stage_dbscan(vectors) if pool else []
     groups = defaultdict(list)  # a cluster may chain two poles together; a schema has one
     for b, label in zip(pool, labels):
@@ -696,11 +704,17 @@ def top_beliefs(store, question, k=200):
 
 
 def people_in(store, question):
-    """Speakers and relatives whom the question names; nobody named means the first speaker."""
-    asked = set(re.findall(r"\w+", question.lower()))
+    """Whom a question is about: people the memory knows, else the first speaker; [] if it names a stranger."""
     others = dict.fromkeys(subject for subject, _ in store.members if subject not in store.speakers)
-    named = [s for s in [*store.speakers, *others] if s.split("'s ")[-1].lower() in asked]
-    return named or store.speakers[:1]
+    named = []
+    for subject in [*others, *store.speakers]:
+        name = subject.split("'s ")[-1]  # in a dialogue of two a sister is "Ann's sister"
+        name = name.split()[0] if name[:1].isupper() else name
+        if re.search(rf"\b{re.escape(name)}\b", question, re.I):
+            named.append(subject)
+    # "Where does Tom live?" must not be answered with where the user lives.
+    stranger = re.search(rf"\bmy (?:{RELATIVES})\b|\b(?:does|did|is|was|has|will) (?!I\b|My\b)[A-Z]", question)
+    return named or ([] if stranger else store.speakers[:1])
 
 
 def asked_about(question):
@@ -751,23 +765,27 @@ def recall(store, question, now, budget=800, schemas=True, sweep=True, separate=
     # 1. What to show: chains of the attribute asked about, then word hits, then the profile, then the newest.
     asked = asked_about(question)
     hits = [b.slot for b in top_beliefs(store, f"{question} {' '.join(asked)}")]
-    named = [(p, a, None) for a in (*asked, *sorted(SINGLE)) for p in people_in(store, question)]
-    found = dict.fromkeys(s for s in (*named[:len(asked)], *hits, *named) if s in store.heads)
+    people = people_in(store, question)
+    first, profile = ([(p, a, None) for a in attributes for p in people] for attributes in (asked, sorted(SINGLE)))
+    found = dict.fromkeys(s for s in (*first, *hits, *profile) if s in store.heads)
     newest = [b.slot for b in list(store.beliefs.values())[-50:][::-1]]  # so that something is always found
     for slot in dict.fromkeys([*found, *newest]):
         if line := chain_line(store, slot):
-            profile = "profile" if slot[2] is None and slot[1] not in asked else "fact"
-            line.channel = ("newest" if slot not in found
-                            else "identity" if store.head(slot).layer == "identity" else profile)
+            if slot not in found:
+                line.channel = "newest"
+            elif store.head(slot).layer == "identity":
+                line.channel = "identity"
+            elif slot[2] is None and slot[1] not in asked:
+                line.channel = "profile"
             wanted[line.channel].append(line)
             size += line.cost
             if size > 3 * budget:  # more could not fit, whatever the shares leave over
                 break
     # 2. Schemas of the question's own domain come first; where it has none, cores speak for it.
     if schemas:
-        found, cores = visible_schemas(store, now)
-        own = [s for s in found if s.domain == domain_of(question)]
-        nodes = own + (cores if sweep else []) + [s for s in found if s not in own]
+        stable, cores = visible_schemas(store, now)
+        own = [s for s in stable if s.domain == domain_of(question)]
+        nodes = own + (cores if sweep else []) + [s for s in stable if s not in own]
         wanted["schema"] = [Line(n.id, "schema", n.text, n.created) for n in nodes]
     # 3. What is coming up; `until` is compared with `now`, so a lapsed plan is never shown as one.
     for item in sorted(store.intentions.values(), key=lambda i: (i.until, i.id)):
@@ -829,7 +847,9 @@ class Memory:
 
     def observe(self, text, t, session="s1", speaker="user", user="user"):
         """System1, in the write: keep the raw turn first, then extract, reconcile, apply. -> [(op, id)]."""
-        date.fromisoformat(t[:10])  # a bad date is refused before anything is kept
+        if date.fromisoformat(t[:10]).isoformat() != t[:10]:  # dates are compared as strings
+            raise DcpmError(f"{t!r} does not start with a date like 2024-05-01")
+        text = text.encode(errors="replace").decode()  # half a character (a lone surrogate) cannot be saved
         store = self.store(user)
         turn = Turn(store.new_id("t"), session, speaker, text, t)
         store.commit("RAW", [turn.id], turn.id, turn=asdict(turn))
@@ -895,10 +915,10 @@ class Memory:
     def save(self, path):
         """The audit logs as JSON, written beside the target and moved over it: a crash spoils nothing."""
         users = {user: store.log for user, store in self.stores.items()}
-        handle, name = tempfile.mkstemp(dir=Path(path).parent, prefix=Path(path).name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": "dcpm-1", "users": users}, file, ensure_ascii=False, default=vars)
-        os.replace(name, path)
+        text = json.dumps({"format": "dcpm-1", "users": users}, ensure_ascii=False, default=vars)
+        part = Path(f"{path}.part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
 
     @classmethod
     def load(cls, path, backend=None):
@@ -949,8 +969,7 @@ def check_store(store):
         p, after = b.get(n.prev), b.get(n.next)
         refuse((p and p.next != n.id) or (after and after.prev != n.id) or n.id in (n.prev, n.next),
                f"links of {n.id} are not mutual")
-        refuse(p and n.link_kind == "supersede" and (key(p.value), p.polarity) == (key(n.value), n.polarity),
-               f"{n.id} supersedes an equal claim")
+        refuse(p and n.link_kind == "supersede" and same(p, n), f"{n.id} supersedes an equal claim")
         refuse(p and p.t_event > n.t_event, f"{n.id} is older than its predecessor")
         refuse((n.status == "active") != (n.next is None and n.status != "suppressed"),
                f"status of {n.id} is {n.status}")
@@ -1003,7 +1022,7 @@ DATE = re.compile(rf"""\b(?:(?P<iso>\d{{4}}-\d\d-\d\d)
     |(?P<day>today|tonight|tomorrow|yesterday)
     |(?P<ago>\d+|a\ few|a\ couple\ of|an?|one|two|three|four|five|six|seven|eight|nine|ten)
     \ (?P<unit>day|week|month|year)s?\ ago
-    |(?P<rel>last|next|this)\ (?P<what>week|weekend|month|year|{'|'.join(WEEKDAYS)}))\b""", re.I | re.X)
+    |(?P<rel>last|next|this)\ (?P<what>week|weekend|month|year|{'|'.join(WEEKDAYS)}))\b""", re.I | re.X | re.A)  # ASCII: a dotless i must not pass for the i of "this"
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -1025,8 +1044,11 @@ def words(text):
 
 
 def key(text):
-    """Two values are the same iff their keys are equal: case, articles, endings, dates do not count."""
-    return " ".join(words(DATE.sub(" ", text)))
+    """Two values are the same iff their keys are equal: case, articles, endings do not count.
+
+    Nor does a date, unless the value is nothing but a date (a birthday).
+    """
+    return " ".join(words(DATE.sub(" ", text)) or words(text))
 
 
 def count_tokens(text):
@@ -1222,7 +1244,10 @@ HEDGE = re.compile(r"\b(maybe|might|perhaps|possibly|thinking (?:of|about)|consi
 HYPOTHESIS = re.compile(r"\b(if|would|wish|imagine|suppose|unless|as if|hope)\b", re.I)
 CLAUSE_ENDS = re.compile(r"(;|, but |\bbut (?=I\b|my\b)|,? and (?=I\b|my\b)|, then (?=I\b))")
 QUALIFIER = re.compile(r"\b(?:especially|only|mostly|mainly|particularly|on weekends)\b", re.I)
-FORGET = re.compile(r"\b(?:forget|delete|erase|(?:do not|don't) remember)\b "
+# Only as a request: "I will never forget Paris", "don't forget the milk" and "I forget names" are none.
+FORGET = re.compile(r"^(?:(?:and|so|ok(?:ay)?|well|oh|now|just|please|kindly|let's|(?:can|could|will|would) you|"
+                    r"you (?:can|may|should|must)|I(?:'d| would)? (?:want|like) you to)[, ]+)*"
+                    r"(?:forget|delete|erase|(?:do not|don't) remember)\b "
                     r"(?:about |that |the fact that |what I said about )?(.+)", re.I)
 ADVERB = re.compile(r"^(?:(?:still|now|also|just|really|currently|recently|actually|finally|even|totally|"
                     r"ha(?:ve|s) been(?= \w+ing)) )+", re.I)
@@ -1259,7 +1284,7 @@ def extract_rules(turn):
     claims, forget = [], []
     # The order matters: a request to forget is no claim, and a question asserts nothing.
     for start, end, body, question in clauses(turn.text) if turn.speaker != "assistant" else ():
-        found = FORGET.search(body)
+        found = FORGET.match(body.replace("’", "'"))
         if found and (not question or re.match(r"(?:can|could|will|would|please)", body, re.I)):
             forget.append(found.group(1))
         elif not question:
@@ -1288,7 +1313,7 @@ def read_clause(body, me, t):
         subject = f"{me}'s {subject}"  # in a dialogue of two, each has a sister
     told = dict(subject=subject, t_event=since, reliability=0.9 if subject == me else 0.4)
     if HEDGE.search(body):  # an attribute of its own: never touches a chain
-        return Claim("maybe", body, **{**told, "reliability": 0.6})
+        return Claim("maybe", body, **{**told, "reliability": min(0.6, told["reliability"])})
     if HYPOTHESIS.search(body):
         return None
     rest, sign = ADVERB.sub("", match["rest"].strip()), 1
@@ -2048,8 +2073,9 @@ def evaluate_corpus(args, backend):
         keep = list(dict.fromkeys(session for _, session, *_ in sample.turns))[:args.sessions or None]
         sample.turns = [t for t in sample.turns if t[1] in keep]
         memory, n, done = Memory(backend), len(sample.turns), 0
-        for q in sorted(sample.questions, key=lambda q: q.end or n)[:left]:
-            end = min(q.end or n, n)  # never a turn beyond its end
+        asked_at = {id(q): n if q.end is None else min(q.end, n) for q in sample.questions}
+        for q in sorted(sample.questions, key=lambda q: asked_at[id(q)])[:left]:
+            end = asked_at[id(q)]  # never a turn beyond its end
             ingest(sample, memory, done, end)
             done, left = end, left - 1
             options = [*q.options, "End with the letter."] if q.options else []
