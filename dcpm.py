@@ -8,11 +8,11 @@ What the method is:
 3. By night, System2 induces schemas: one habit in one domain, from >= 3 live beliefs of >= 2 sessions.
 4. Its sweep looks for *collisions*, schemas of different domains alike in behaviour and unlike in content
    (that is not contradiction), and lifts them into core schemas, which also say something about domains
-   that never came up.
-5. Reading asks no model: word statistics plus following links, within a token budget, an id on every line;
-   `why(id)` walks from a core schema down to the words that were said.
+   that never came up. (Only for people with five stable schemas or more.)
+5. Finding what to show asks no model: word statistics plus following links, within a token budget, an id on
+   every line; `why(id)` walks from a core schema down to the words that were said.
 
-How to read this file: part 1 is the method, the rest its surroundings; each part can be read without the next.
+How to read this file: part 1 is the method, about 950 lines; the rest is its surroundings, to be looked up.
 
   1. the method      2.1 capability order -> the records and their store; 2.2 daytime writer -> decide,
                      write_claims; 2.3 nighttime sweeper -> two_stage_dbscan, induce_rules, collisions,
@@ -56,6 +56,11 @@ from types import SimpleNamespace
 import numpy as np
 
 # ================================================================== PART 1: THE METHOD
+# What it uses from part 2: words(text), stemmed content words; key(value), equal iff two values are the same;
+# poles_of(text) and domain_of(text), habits and domain by a lexicon of POLES and DOMAINS; opposite(pole);
+# DATE and date_window(text, today), time expressions; SINGLE, attributes with one value at a time; RULES, a
+# backend.
+
 # ------------------------------------------------------------------ records
 @dataclass
 class Turn:
@@ -78,7 +83,7 @@ class Claim:
     polarity: int = 1  # +1 holds, -1 no longer / dislikes, 0 unknown (taken back, nothing in its place)
     layer: str = "fact"  # or "identity": preferences, attitudes, values, habits
     t_event: str = ""
-    reliability: float = 0.9  # 0.9 said outright, 0.6 hedged, 0.4 reported by or about another
+    reliability: float = 0.9  # 0.9 said outright, at most 0.6 if hedged, 0.4 about another person
     until: str = ""  # last day of a plan
     detail: bool = False  # carries a qualifier ("mostly jazz")
     slot: tuple = None  # set when a model has already matched the claim to a chain
@@ -109,7 +114,7 @@ class Belief:
 
 @dataclass
 class Schema:
-    """One behavioural regularity inside one domain. Its text never changes; its evidence does."""
+    """One behavioural regularity inside one domain. Its evidence changes; its text can only be withdrawn."""
     id: str
     subject: str
     domain: str
@@ -118,7 +123,7 @@ class Schema:
     created: str
     vector: dict = field(default_factory=dict)  # behaviour feature -> weight
     evidence: list = field(default_factory=list)  # beliefs ever cited, without those asked to be forgotten
-    live: list = field(default_factory=list)  # of those, the active ones at the last sleep
+    live: list = field(default_factory=list)  # of those, the ones that held at the last sleep
     confidence: float = 0.0
     status: str = "forming"  # forming, stable, contested, dormant
     prev: str = None  # the opposite habit that this one replaced
@@ -179,8 +184,11 @@ class Index:
         self.keys.append(doc)
         self.lengths.append(len(tokens))
 
-    def scores(self, query, k1=1.2, b=0.75):
+    def scores(self, query, b=0.75, k1=1.2):
         """{token: weight} -> BM25 score of every document, shape (documents,)."""
+        # score(d) = sum over tokens w of weight * idf(w) * f (k1 + 1) / (f + norm(d)),  f = count of w in d
+        # norm(d) = k1 (1 - b + b |d| / mean |d|)
+        # idf(w) = ln(1 + (N - n + 1/2) / (n + 1/2)),  n of N documents hold w
         n, lengths = len(self.keys), np.array(self.lengths)
         out, mean = np.zeros(n), max(lengths.sum() / max(n, 1), 1e-9)
         norm = k1 * (1 - b + b * lengths / mean)
@@ -219,7 +227,7 @@ class Store:
         self.log.append(event)
 
     def apply(self, event):
-        """Apply one event. Raises DcpmError before anything has changed."""
+        """Apply one event: the only way that anything here changes."""
         data = event.data
         if event.op == "RAW":
             self._keep(Turn(**data["turn"]))
@@ -282,7 +290,8 @@ class Store:
         self._weigh(belief)
 
     def _weigh(self, belief):
-        """1 - prod(1 - reliability) over sessions: saying it twice in one sitting adds nothing."""
+        """Confidence by noisy-or over sessions: saying it twice in one sitting adds nothing."""
+        # confidence = 1 - product over sessions of (1 - best reliability in it), at most 0.99
         best = {}
         for turn, _, _, reliability in belief.sources:
             session = self.turns[turn].session
@@ -338,7 +347,7 @@ def same(a, b):
     return (key(a.value), a.polarity, a.until) == (key(b.value), b.polarity, b.until)
 
 
-# What reconciling decided, in ids: `node` is the one to confirm, `prev` and `next` the neighbours of a new one.
+# What reconciling decided, in ids: `node` is to be confirmed; `prev` and `next` are neighbours of a new one.
 Decision = namedtuple("Decision", "op node prev next", defaults=(None,) * 3)
 
 
@@ -419,6 +428,7 @@ def write_claims(store, turn, claims):
 # ------------------------------------------------------------------ System2: while nobody is waiting
 # Thresholds for cue space, chosen on the development bank; the authors' 0.70 / 0.60 belong to dense vectors.
 BEHAVIOUR_ALIKE, CONTENT_UNLIKE = 0.5, 0.6
+MIN_STABLE = 5  # the authors': with fewer schemas too little is known about a person to generalise
 WITHDRAWN = "(withdrawn: it rested on something the user asked to forget)"
 
 
@@ -447,14 +457,15 @@ def two_stage_dbscan(vectors):
 
 
 def induce_rules(store, pool):
-    """Clusters in behaviour + domain space -> [(subject, domain, behaviour, text, vector, belief ids)].
+    """Clusters in behaviour + domain space; yields (subject, domain, behaviour, text, vector, belief ids).
 
-    Not over the words of raw sentences: word overlap groups sentence shapes, not habits.
+    Not over the words of raw sentences: without a model word overlap finds sentence shapes, not habits.
     """
     pool = [b for b in pool if b.tags and b.domain]
     # One column per pole, domain and person: two beliefs are near iff behaviour, domain and person agree.
-    names = [("pole", p) for p in POLES] + [("domain", d) for d in DOMAINS] + [("who", w) for w in store.speakers]
-    columns = {name: i for i, name in enumerate(names)}
+    # cosine = (cosine of the poles + same domain + same person) / 3
+    kinds = {"pole": POLES, "domain": DOMAINS, "who": store.speakers}
+    columns = {name: i for i, name in enumerate((kind, n) for kind, names in kinds.items() for n in names)}
     vectors = np.zeros((len(pool), len(columns)))
     for row, b in zip(vectors, pool):
         row[[columns["pole", tag] for tag in b.tags]] = 1 / math.sqrt(len(b.tags))
@@ -483,13 +494,14 @@ def called(subject):
 
 
 def refresh_schema(schema, store, x):
-    """Recount live support s against x opposite beliefs: confidence (s + 1) / (s + x + 2), and the status."""
+    """Recount the support of a schema. s: chains that hold and show it; x: beliefs that show the opposite."""
     allowed = sorted(i for i in schema.evidence if store.beliefs[i].status != "suppressed")
     if len(allowed) < len(schema.evidence) and schema.behaviour not in POLES:
         schema.text, allowed = WITHDRAWN, []  # a model's sentence may give away what was forgotten
     schema.evidence, schema.live = allowed, [i for i in allowed if holds(store.beliefs[i])]
     s = len({store.beliefs[i].slot for i in schema.live})  # a chain counts once, by its head
     sessions = {store.turns[src[0]].session for i in schema.live for src in store.beliefs[i].sources}
+    # confidence = (s + 1) / (s + x + 2): Laplace's rule of succession
     schema.confidence = round((s + 1) / (s + x + 2), 4)
     known, sure = s >= 3 and len(sessions) >= 2, schema.confidence >= 0.65
     schema.status = "dormant" if s < 2 else "forming" if not known else "stable" if sure else "contested"
@@ -500,9 +512,9 @@ def holds(belief):
 
 
 def collisions(schemas, store):
-    """Pairs alike in behaviour, unlike in content, of one person, in different domains. NOT contradictions.
+    """Pairs of one person's schemas alike in behaviour, unlike in content and domain. NOT contradictions.
 
-    Nearest neighbours in behaviour space shortlist the pairs, so the sweep is not quadratic.
+    The 30 nearest neighbours in behaviour space shortlist the pairs, so the sweep is not quadratic.
     """
     from sklearn.feature_extraction import DictVectorizer
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -519,9 +531,10 @@ def collisions(schemas, store):
     for i, row in enumerate(near.kneighbors(behaviour, return_distance=False)):
         for j in map(int, row):
             a, b = schemas[i], schemas[j]
-            if a.subject == b.subject and a.domain != b.domain:
+            if a.domain != b.domain:
+                # weighted Jaccard = sum_k min(a_k, b_k) / sum_k max(a_k, b_k); `&` and `|` take min and max
                 u, v = Counter(a.vector), Counter(b.vector)
-                alike = (u & v).total() / (u | v).total()  # weighted Jaccard: sum of minima / sum of maxima
+                alike = (u & v).total() / (u | v).total()
                 if alike >= BEHAVIOUR_ALIKE and (content[i] @ content[j].T).sum() < CONTENT_UNLIKE:
                     pairs.add((min(i, j), max(i, j)))
     return sorted(pairs)
@@ -544,15 +557,16 @@ def collision_groups(n, pairs):
 
 
 def refresh_core(core, schemas):
-    """Evidence = union of the members'; confidence = the weaker of the two best members' domains."""
+    """Recount a core: what it rests on, how sure it is, and whether it still stands."""
     core.members = sorted(set(core.members))
     core.evidence = sorted({i for m in core.members for i in schemas[m].evidence})
+    # confidence = the second best over domains of (best stable member's): one domain alone proves nothing
     stable = [schemas[m] for m in core.members if schemas[m].status == "stable"]
     best = {s.domain: s.confidence for s in sorted(stable, key=lambda s: s.confidence)}  # the last one stays
     core.status, core.confidence = "dormant", 0.0
     if len(best) >= 2:
         core.status, core.confidence = "stable", sorted(best.values())[-2]
-    if any(schemas[m].text == WITHDRAWN for m in core.members):
+    if WITHDRAWN in (core.text, *(schemas[m].text for m in core.members)):
         core.text, core.status = WITHDRAWN, "dormant"
 
 
@@ -581,46 +595,56 @@ def plan_schemas(store, now, backend):
     return schemas
 
 
-def plan_cores(store, now, schemas, backend, sweep):
+def plan_cores(store, now, schemas, backend):
     """All cores: what the sweep finds joins a known core or becomes one, and every core is recounted."""
     cores = copy.deepcopy(store.cores)
-    stable = sorted((s for s in schemas.values() if s.status == "stable"), key=lambda s: s.id)
-    pairs = collisions(stable, store) if sweep and len(stable) >= 5 else []
-    for group in collision_groups(len(stable), pairs):
-        members = [stable[i] for i in group]
-        ids = {m.id for m in members}
-        known = [c for c in cores.values() if ids & set(c.members)]
-        if not known:
-            named = backend.name_core(members)
-            if not named:  # a null answer is allowed: no core
-                continue
-            id_ = store.new_id("c", members[0].subject, named[0])
-            known = [cores.setdefault(id_, Core(id_, members[0].subject, *named, now))]
-        # The core that shares most members, then the oldest: never whichever comes first.
-        min(known, key=lambda c: (-len(ids & set(c.members)), c.created, c.id)).members += ids
+    for person in store.speakers:
+        stable = [s for _, s in sorted(schemas.items()) if s.subject == person and s.status == "stable"]
+        pairs = collisions(stable, store) if len(stable) >= MIN_STABLE else []
+        for group in collision_groups(len(stable), pairs):
+            join_core(store, now, cores, [stable[i] for i in group], backend)
     for core in cores.values():
         refresh_core(core, schemas)
     return cores
 
 
+def join_core(store, now, cores, members, backend):
+    """Schemas that collide -> the core they belong to, which may be a new one; changes `cores`."""
+    ids = {m.id for m in members}
+    known = [c for c in cores.values() if ids & set(c.members) and c.text != WITHDRAWN]
+    if not known:
+        named = backend.name_core(members)
+        if not named:  # a null answer is allowed: no core
+            return
+        id_ = store.new_id("c", members[0].subject, named[0])
+        if id_ not in cores or cores[id_].text == WITHDRAWN:
+            cores[id_] = Core(id_, members[0].subject, *named, now)
+        known = [cores[id_]]
+    # The core that shares most members, then the oldest: never whichever comes first.
+    min(known, key=lambda c: (-len(ids & set(c.members)), c.created, c.id)).members += ids
+
+
 def plan_intentions(store, now):
+    """All intentions: plans with a last day, told by people who speak here."""
     intentions = copy.deepcopy(store.intentions)
-    plans = [b for b in store.beliefs.values() if b.slot[0] in store.speakers and b.slot[1] == "plan"]
-    for belief in (b for b in plans if b.until):
-        id_ = store.new_id("i", belief.slot[0], key(belief.value), belief.until)
-        item = intentions.setdefault(id_, Intention(id_, belief.value, belief.until, []))
-        item.evidence = sorted({*item.evidence, belief.id})
+    for b in store.beliefs.values():
+        subject, attribute, _ = b.slot
+        if attribute == "plan" and b.until and subject in store.speakers and b.status != "suppressed":
+            id_ = store.new_id("i", subject, key(b.value), b.until)
+            item = intentions.setdefault(id_, Intention(id_, b.value, b.until, []))
+            item.evidence = sorted({*item.evidence, b.id})
     for item in intentions.values():
         item.evidence = [i for i in item.evidence if store.beliefs[i].status != "suppressed"]
+        item.text = item.text if item.evidence else WITHDRAWN
         alive = any(holds(store.beliefs[i]) for i in item.evidence)
         item.status = "withdrawn" if not alive else "expired" if item.until < now[:10] else "open"
     return intentions
 
 
-def plan_sleep(store, now, backend, sweep=True):
-    """What System2 would change, as a dictionary; the store is only read. A pure function of (store, now)."""
+def plan_sleep(store, now, backend):
+    """What System2 would change, as a dictionary: a pure function of what it is given."""
     schemas = plan_schemas(store, now, backend)
-    new = {"schemas": schemas, "cores": plan_cores(store, now, schemas, backend, sweep),
+    new = {"schemas": schemas, "cores": plan_cores(store, now, schemas, backend),
            "intentions": plan_intentions(store, now)}
     return {kind: [asdict(n) for _, n in sorted(nodes.items()) if n != getattr(store, kind).get(n.id)]
             for kind, nodes in new.items()}
@@ -632,9 +656,6 @@ ASK = {  # attribute -> how a question asks for it
     "employer": r"\b(work|employer|company|job)\b", "occupation": r"\b(occupation|profession|for a living)\b",
     "diet": r"\bdiet\b", "age": r"\bhow old\b|\bage\b", "name": r"\bmy name\b",
     "partner": r"\b(partner|married|dating)\b", "birthday": r"\bbirthday\b"}
-PAST = re.compile(r"\b(before|previous\w*|used to|former\w*|earlier|originally|did I (?:live|work))\b", re.I)
-CHANGE = re.compile(r"\bhow (?:did|has|have)\b.*\b(?:chang|evolv|develop)|\bhistory of\b|\bover time\b", re.I)
-COMING = re.compile(r"\b(coming up|upcoming|my plans|planned|next (?:week|month)|ahead of me)\b", re.I)
 SHARES = {"profile": 0.1, "identity": 0.2, "schema": 0.2, "intention": 0.1}  # of the budget; the rest: facts
 SCHEMA_LINES = 4  # with a channel of their own: the authors' quota of 40 % of ten profile lines
 
@@ -670,11 +691,13 @@ def rank_turns(store, question, now, k=100):
     """
     if not store.turns:
         return []
-    asked = re.findall(r"\w+", question.lower())
-    people = [i for i, s in enumerate(store.speakers) if s.lower() in asked]
-    names = {stem(store.speakers[i].lower()) for i in people}  # in a turn it is mostly the *other* who calls
+    people = [i for i, s in enumerate(store.speakers) if is_named(s, question)]
+    # Names are no search words: in a turn it is mostly the *other* speaker who says one.
+    names = {w for i in people for w in words(store.speakers[i])}
     query = [w for w in words(DATE.sub(" ", question)) if w not in names]
     base = store.turn_index.scores(Counter(query or words(question)), b=0.5)
+    # score = own + 0.5 turn before + 0.1 turn after (both in its session) + 0.2 best of the session,
+    #         times 1.2 if the person asked about speaks, times 1.5 if told soon after the time asked about
     session, speaker, day = (np.array(store.columns[c]) for c in ("session", "speaker", "day"))
     scores, same = base.copy(), session[1:] == session[:-1]
     scores[1:] += 0.5 * base[:-1] * same
@@ -703,18 +726,19 @@ def top_beliefs(store, question, k=200):
     return [store.beliefs[keys[i]] for i in best_of(scores, k)]
 
 
+def is_named(subject, question):
+    """Does the question name this person, by first name or kinship?"""
+    name = subject.split("'s ")[-1]  # in a dialogue of two a sister is "Ann's sister"
+    name = name.split()[0] if name[:1].isupper() else name
+    return re.search(rf"\b{re.escape(name)}\b", question, re.I) is not None
+
+
 def people_in(store, question):
-    """Whom a question is about: people the memory knows, else the first speaker; [] if it names a stranger."""
+    """Whom a question is about: people known here, else the first speaker; [] if it names a stranger."""
     others = dict.fromkeys(subject for subject, _ in store.members if subject not in store.speakers)
-    named = []
-    for subject in [*others, *store.speakers]:
-        name = subject.split("'s ")[-1]  # in a dialogue of two a sister is "Ann's sister"
-        name = name.split()[0] if name[:1].isupper() else name
-        if re.search(rf"\b{re.escape(name)}\b", question, re.I):
-            named.append(subject)
+    named = [subject for subject in [*others, *store.speakers] if is_named(subject, question)]
     # "Where does Tom live?" must not be answered with where the user lives.
-    stranger = re.search(rf"\bmy (?:{RELATIVES})\b|\b(?:does|did|is|was|has|will) (?!I\b|My\b)[A-Z]", question)
-    return named or ([] if stranger else store.speakers[:1])
+    return named or ([] if STRANGER.search(question) else store.speakers[:1])
 
 
 def asked_about(question):
@@ -733,7 +757,7 @@ def visible_schemas(store, now):
     def rank(node):  # decay is applied while reading: stored, it would depend on how often System2 runs
         seen = max(store.beliefs[i].t_seen for i in node.evidence)
         idle = max(0, (date.fromisoformat(now[:10]) - date.fromisoformat(seen[:10])).days)
-        return -node.confidence * 2 ** (-idle / 180), node.id
+        return -node.confidence * 2 ** (-idle / 180), node.id  # half-life: half a year without new evidence
     schemas = sorted((s for s in store.schemas.values() if alive(s)), key=rank)
     domain = {s.id: s.domain for s in schemas}
     cores = [c for c in store.cores.values()
@@ -742,7 +766,10 @@ def visible_schemas(store, now):
 
 
 def chain_line(store, slot):
-    """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; no suppressed nodes."""
+    """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; no suppressed nodes.
+
+    Where the present was to be forgotten, what is left is the past and is not called current.
+    """
     chain, steps, entries = store.visible(slot), [], []
     for b in chain:
         text = b.text if b.link_kind == "refine" else b.value or "none"
@@ -750,9 +777,11 @@ def chain_line(store, slot):
         mark = ", current" if b.status == "active" else ""
         steps.append(f"{text} ({b.t_event[:10]}{mark})")
         entries.append((b.t_event, text + mark))
-    if len(chain) > 1:
-        return Line(b.id, "fact", f"{slot[0]} {slot[1]}: {' → '.join(steps)}", b.t_event, entries)
-    return Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event) if chain else None
+    if not chain:
+        return None
+    if len(chain) == 1 and b.status == "active":
+        return Line(b.id, "fact", f"{b.t_event[:10]} {b.text}", b.t_event)
+    return Line(b.id, "fact", f"{slot[0]} {slot[1]}: {' → '.join(steps)}", b.t_event, entries)
 
 
 def recall(store, question, now, budget=800, schemas=True, sweep=True, separate=False):
@@ -766,7 +795,8 @@ def recall(store, question, now, budget=800, schemas=True, sweep=True, separate=
     asked = asked_about(question)
     hits = [b.slot for b in top_beliefs(store, f"{question} {' '.join(asked)}")]
     people = people_in(store, question)
-    first, profile = ([(p, a, None) for a in attributes for p in people] for attributes in (asked, sorted(SINGLE)))
+    first = [(p, a, None) for a in asked for p in people]
+    profile = [(p, a, None) for a in sorted(SINGLE) for p in people]
     found = dict.fromkeys(s for s in (*first, *hits, *profile) if s in store.heads)
     newest = [b.slot for b in list(store.beliefs.values())[-50:][::-1]]  # so that something is always found
     for slot in dict.fromkeys([*found, *newest]):
@@ -797,7 +827,7 @@ def recall(store, question, now, budget=800, schemas=True, sweep=True, separate=
 
 
 def assemble(store, wanted, question, now, budget, separate):
-    """Fill the shares, whole lines only; the rest flows to facts, raw turns, then the newest facts."""
+    """Fill the shares, whole lines only; what they leave goes to facts, raw turns, then the newest facts."""
     chosen, left = {}, budget
 
     def spend(lines, tokens):  # -> how many were used
@@ -827,8 +857,24 @@ def assemble(store, wanted, question, now, budget, separate):
 
 
 def as_of(store, slot, t):
-    """What held on day `t`: the last node whose event time is not after it. None before the first."""
-    return next((b for b in store.visible(slot)[::-1] if b.t_event[:10] <= t[:10]), None)
+    """What held on day `t`: the last node whose event time is not after it. None: not known, or forgotten."""
+    node = next((b for b in store.chain(slot)[::-1] if b.t_event[:10] <= t[:10]), None)
+    return None if node is None or node.status == "suppressed" else node
+
+
+def quote(store, source):
+    """The words a belief rests on. Of a turn that must not be shown a part may be seen, never the whole."""
+    turn, (_, start, end, _) = store.turns[source[0]], source
+    if turn.id in store.hidden and (start, end) == (0, len(turn.text)):
+        return "(not shown: it also says what was asked to be forgotten)"
+    return turn.text[start:end]
+
+
+def text_of(store, node):
+    """The text of a record, unless it may give away what was asked to be forgotten since the last night."""
+    forgotten = any(store.beliefs[i].status == "suppressed" for i in getattr(node, "evidence", ()))
+    by_rule = getattr(node, "behaviour", "") in POLES  # a fixed sentence: it repeats no single belief
+    return WITHDRAWN if forgotten and not by_rule else node.text
 
 
 # ------------------------------------------------------------------ the facade
@@ -840,7 +886,7 @@ class Memory:
 
     def __init__(self, backend=None):
         self.stores, self.backend = {}, backend or RULES
-        self.claims = Counter()  # True: claims that hit a frame, False: kept as free facts
+        self.claims = Counter()  # True: claims that got a slot, False: kept as free facts
 
     def store(self, user="user"):
         return self.stores.setdefault(user, Store(user))
@@ -861,7 +907,7 @@ class Memory:
         return ops + [("SUPPRESS", i) for what in forget for i in self.forget(what, user, turn.id)]
 
     def forget(self, what, user="user", turn=""):
-        """Suppress every belief that holds all content words of `what`: nodes and links stay, unseen."""
+        """Suppress beliefs and hide turns that hold every content word of `what`; nothing is deleted."""
         store, need = self.store(user), set(words(what))
         if not need:
             return []
@@ -871,10 +917,10 @@ class Memory:
         store.commit("SUPPRESS", ids, turn, "asked to forget", hide=sorted(hide))
         return ids
 
-    def sleep(self, now, user="user", sweep=True):
+    def sleep(self, now, user="user"):
         """System2, all or nothing: first the whole plan, then one event; no change, no event."""
         store = self.store(user)
-        plan = plan_sleep(store, now, self.backend, sweep)
+        plan = plan_sleep(store, now, self.backend)
         if any(plan.values()):
             ids = [n["id"] for nodes in plan.values() for n in nodes]
             store.commit("SLEEP", ids, reason=f"night of {now[:10]}", **plan)
@@ -902,11 +948,11 @@ class Memory:
         if id_ in store.hidden or getattr(node, "status", "") == "suppressed":
             return {"id": id_, "text": "(forgotten on request)", "because": []}
         if id_ in store.beliefs:
-            spans = [(store.turns[turn], start, end) for turn, start, end, _ in node.sources]
-            below = [{"id": t.id, "t": t.t, "text": t.text[a:b], "because": []} for t, a, b in spans]
+            said = [(store.turns[source[0]], quote(store, source)) for source in node.sources]
+            below = [{"id": turn.id, "t": turn.t, "text": text, "because": []} for turn, text in said]
         else:
             below = [self.why(i, user) for i in getattr(node, "members", getattr(node, "evidence", []))]
-        return {"id": id_, "text": node.text, "because": below}
+        return {"id": id_, "text": text_of(store, node), "because": below}
 
     def check(self):
         """What is broken, as sentences; [] when all invariants of all users hold. Replays every log."""
@@ -939,7 +985,7 @@ class Memory:
         lines = [chain_line(store, slot) for slots in store.members.values() for slot in slots]
         out = [f"{len(store.turns)} turns, {len(store.beliefs)} beliefs", *(f"  {n}" for n in lines if n)]
         for node in [*store.schemas.values(), *store.cores.values(), *store.intentions.values()]:
-            out.append(f"  [{node.id}] {node.text} ({node.status})")
+            out.append(f"  [{node.id}] {text_of(store, node)} ({node.status})")
         return "\n".join(out)
 
 
@@ -1022,7 +1068,8 @@ DATE = re.compile(rf"""\b(?:(?P<iso>\d{{4}}-\d\d-\d\d)
     |(?P<day>today|tonight|tomorrow|yesterday)
     |(?P<ago>\d+|a\ few|a\ couple\ of|an?|one|two|three|four|five|six|seven|eight|nine|ten)
     \ (?P<unit>day|week|month|year)s?\ ago
-    |(?P<rel>last|next|this)\ (?P<what>week|weekend|month|year|{'|'.join(WEEKDAYS)}))\b""", re.I | re.X | re.A)  # ASCII: a dotless i must not pass for the i of "this"
+    |(?P<rel>last|next|this)\ (?P<what>week|weekend|month|year|{'|'.join(WEEKDAYS)}))\b
+    """, re.I | re.X | re.A)  # A: else a dotless i would pass for the i of "this", and be looked up in vain
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -1239,14 +1286,16 @@ FIRST = re.compile(rf"^.{{0,40}}?\b(?:(?P<i>I|[Ww]e)|[Mm]y (?P<who>{RELATIVES})(
                    r"(?P<rest>.+)$", re.S)
 NAMED = re.compile(r"^(?!(?:He|She|They|It|You|This|That|There|The|Some\w+|Every\w+|No\w+|Who) )"
                    r"(?P<who>[A-Z][a-z]+) (?P<rest>(?:lives|moved|works|joined|got|has) .+)$", re.S)
+STRANGER = re.compile(rf"\b[Mm]y ({RELATIVES})\b|\b(?:does|did|is|was|has|will) ((?!I\b)[A-Z]\w*)")
 MY = re.compile(r"^(?:.{0,20}\b)?[Mm]y (?P<a>name|age|birthday|favou?rite [\w ]+?) is (?P<v>.+)$", re.S)
 HEDGE = re.compile(r"\b(maybe|might|perhaps|possibly|thinking (?:of|about)|considering|not sure)\b", re.I)
 HYPOTHESIS = re.compile(r"\b(if|would|wish|imagine|suppose|unless|as if|hope)\b", re.I)
 CLAUSE_ENDS = re.compile(r"(;|, but |\bbut (?=I\b|my\b)|,? and (?=I\b|my\b)|, then (?=I\b))")
 QUALIFIER = re.compile(r"\b(?:especially|only|mostly|mainly|particularly|on weekends)\b", re.I)
 # Only as a request: "I will never forget Paris", "don't forget the milk" and "I forget names" are none.
-FORGET = re.compile(r"^(?:(?:and|so|ok(?:ay)?|well|oh|now|just|please|kindly|let's|(?:can|could|will|would) you|"
-                    r"you (?:can|may|should|must)|I(?:'d| would)? (?:want|like) you to)[, ]+)*"
+FORGET = re.compile(r"^(?:(?:and|so|ok(?:ay)?|well|oh|now|just|please|kindly|let's|"
+                    r"(?:can|could|will|would) you|you (?:can|may|should|must)|"
+                    r"I(?:'d| would)? (?:want|like) you to)[, ]+)*"
                     r"(?:forget|delete|erase|(?:do not|don't) remember)\b "
                     r"(?:about |that |the fact that |what I said about )?(.+)", re.I)
 ADVERB = re.compile(r"^(?:(?:still|now|also|just|really|currently|recently|actually|finally|even|totally|"
@@ -1342,6 +1391,11 @@ def read_clause(body, me, t):
 
 
 # ------------------------------------------------------------------ rule answers, and the backend as a whole
+PAST = re.compile(r"\b(before|previous\w*|used to|former\w*|earlier|originally|did I (?:live|work))\b", re.I)
+CHANGE = re.compile(r"\bhow (?:did|has|have)\b.*\b(?:chang|evolv|develop)|\bhistory of\b|\bover time\b", re.I)
+COMING = re.compile(r"\b(coming up|upcoming|my plans|planned|next (?:week|month)|ahead of me)\b", re.I)
+
+
 def answer_rules(store, question, now):
     """An answer from the chains, or the best line of context, or "I don't know". -> (text, ids)."""
     lines = recall(store, question, now).lines
@@ -1355,6 +1409,9 @@ def answer_rules(store, question, now):
     for slot in slots:
         if chain := store.visible(slot):
             return answer_from_chain(store, slot, chain, question, now)
+    if not people_in(store, question):  # a stranger: at most a line that names them
+        name = "".join(filter(None, STRANGER.search(question).groups()))
+        lines = [n for n in lines if is_named(name, n.text)]
     best = max(lines, key=lambda n: len(q & set(words(n.text))), default=None)
     return (best.text, [best.id]) if best and q & set(words(best.text)) else ("I don't know.", [])
 
@@ -1364,19 +1421,26 @@ def answer_from_chain(store, slot, chain, question, now):
     if CHANGE.search(question):
         return chain_line(store, slot).text, [b.id for b in chain]
     if re.match(r"why\b", question, re.I):
-        turn, start, end, _ = head.sources[0]
-        return f"{head.reason or 'no reason given'} — “{store.turns[turn].text[start:end]}”", [head.id]
+        return f"{head.reason or 'no reason given'} — “{quote(store, head.sources[0])}”", [head.id]
     if window and window[1] < now[:10] and "before" not in question:
         node = as_of(store, slot, window[1])
-        return (node.value, [node.id]) if node else ("I don't know.", [])
-    if PAST.search(question):  # walk one link back; a refinement is no earlier state
-        known = [b for b in chain if b.link_kind != "refine"]
+        return (spoken(node), [node.id]) if node else ("I don't know.", [])
+    if PAST.search(question):  # walk one link back; a refinement is no earlier state, nor is having had none
+        known = [b for b in chain if b.link_kind != "refine" and (b.value or b is head)]
         named = [i for i, b in enumerate(known) if b.value and key(b.value) in key(question)]
         at = named[0] if named else len(known) - 1
         return (known[at - 1].value, [known[at - 1].id]) if at > 0 else ("Nothing before that.", [])
+    if head.status != "active":  # what came after it was to be forgotten
+        return "I don't know.", []
     if re.match(r"(do|does|am|is|have|has)\b", question, re.I):
         return ("Yes" if head.polarity == 1 else "No") + f", since {head.t_event[:10]}.", [head.id]
-    return head.value if head.polarity == 1 else f"No longer {head.value}".strip(), [head.id]
+    return spoken(head), [head.id]
+
+
+def spoken(belief):
+    if belief.polarity == 1:
+        return belief.value
+    return f"No longer {belief.value}." if belief.value else "Nothing."
 
 
 RULES = SimpleNamespace(extract=lambda store, turn: extract_rules(turn), induce=induce_rules,
