@@ -495,10 +495,8 @@ def called(subject):
 
 def refresh_schema(schema, store, x):
     """Recount the support of a schema. s: chains that hold and show it; x: beliefs that show the opposite."""
-    allowed = sorted(i for i in schema.evidence if store.beliefs[i].status != "suppressed")
-    if len(allowed) < len(schema.evidence) and schema.behaviour not in POLES:
-        schema.text, allowed = WITHDRAWN, []  # a model's sentence may give away what was forgotten
-    schema.evidence, schema.live = allowed, [i for i in allowed if holds(store.beliefs[i])]
+    schema.evidence = sorted(schema.evidence)
+    schema.live = [i for i in schema.evidence if holds(store.beliefs[i])]
     s = len({store.beliefs[i].slot for i in schema.live})  # a chain counts once, by its head
     sessions = {store.turns[src[0]].session for i in schema.live for src in store.beliefs[i].sources}
     # confidence = (s + 1) / (s + x + 2): Laplace's rule of succession
@@ -566,19 +564,23 @@ def refresh_core(core, schemas):
     core.status, core.confidence = "dormant", 0.0
     if len(best) >= 2:
         core.status, core.confidence = "stable", sorted(best.values())[-2]
-    if WITHDRAWN in (core.text, *(schemas[m].text for m in core.members)):
-        core.text, core.status = WITHDRAWN, "dormant"
+    if core.text == WITHDRAWN:
+        core.status = "dormant"
 
 
 def plan_schemas(store, now, backend):
     """All schemas as they should be tonight: new ones, recounted ones, and which replaced its opposite."""
     schemas = copy.deepcopy(store.schemas)
+    for schema in schemas.values():
+        schema.text = text_of(store, schema)
+        kept = [i for i in schema.evidence if store.beliefs[i].status != "suppressed"]
+        schema.evidence = [] if schema.text == WITHDRAWN else kept
     # The whole pool every night, not only what is uncited: the same store must give the same schemas.
     pool = [b for b in store.beliefs.values() if holds(b) and b.slot[0] in store.speakers
             and b.slot[1] not in ("maybe", "plan")]
     for subject, domain, behaviour, text, vector, ids in backend.induce(store, pool):
-        id_ = store.new_id("s", subject, domain, behaviour)
-        if id_ in schemas or len(ids) >= 2:
+        id_, ids = store.new_id("s", subject, domain, behaviour), [i for i in ids if holds(store.beliefs[i])]
+        if len(ids) >= (1 if id_ in schemas else 2):
             schema = schemas.setdefault(id_, Schema(id_, subject, domain, behaviour, text, now))
             schema.text = text if schema.text == WITHDRAWN else schema.text
             schema.vector, schema.evidence = vector, list({*schema.evidence, *ids})
@@ -598,6 +600,8 @@ def plan_schemas(store, now, backend):
 def plan_cores(store, now, schemas, backend):
     """All cores: what the sweep finds joins a known core or becomes one, and every core is recounted."""
     cores = copy.deepcopy(store.cores)
+    for core in cores.values():
+        core.text = text_of(store, core)
     for person in store.speakers:
         stable = [s for _, s in sorted(schemas.items()) if s.subject == person and s.status == "stable"]
         pairs = collisions(stable, store) if len(stable) >= MIN_STABLE else []
@@ -1591,10 +1595,12 @@ class LLM:
     def induce(self, store, pool):
         """Beliefs that no schema cites yet, clustered by their words, to the model; as induce_rules."""
         from sklearn.feature_extraction.text import TfidfVectorizer
-        cited, found = {i for s in store.schemas.values() for i in s.evidence}, []
+        # A schema that rests on something forgotten falls tonight, and frees what else it rests on.
+        standing = [s for s in store.schemas.values() if text_of(store, s) != WITHDRAWN]
+        cited, found = {i for s in standing for i in s.evidence}, []
         for subject in store.speakers:
             mine = [b for b in pool if b.slot[0] == subject and b.id not in cited][-400:]
-            known = [s for s in store.schemas.values() if s.subject == subject]
+            known = [s for s in standing if s.subject == subject]
             known = "\n".join(f"{s.domain} / {s.behaviour}: {s.text}" for s in known) or "(none)"
             if len(mine) < 3:
                 continue

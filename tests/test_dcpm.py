@@ -343,3 +343,100 @@ def test_forgotten_things_do_not_come_back_refined():
                   "I have migraines, mostly at night.", "I no longer have migraines.")
     assert [b.status for b in memory.trail(("user", "condition", "migrain"))] == ["suppressed"]
     assert "igraine" not in memory.recall("migraines at night", "2024-06-01").text and memory.check() == []
+
+
+# ---------------------------------------------------------------- things that once went wrong
+@pytest.mark.parametrize("text", ["Don't forget that I like tea.", "I will never forget tea.",
+                                  "I forget how I make tea.", "Did you forget the tea?"])
+def test_to_speak_of_forgetting_is_no_request(text):
+    memory = tell("I like tea.", text)
+    assert not memory.store().hidden and memory.answer("Do I like tea?", "2024-06-01")[0].startswith("Yes")
+
+
+@pytest.mark.parametrize("text", ["Please forget the tea.", "Can you forget that I like tea?",
+                                  "OK, forget tea.", "I'd like you to forget about tea.", "Don't remember that I like tea."])
+def test_requests_to_forget(text):
+    memory = tell("I like tea.", text)
+    assert memory.store().hidden and "tea" not in memory.recall("Do I like tea?", "2024-06-01").text
+
+
+def test_where_only_the_date_changed():
+    memory = tell("My birthday is 3 May.", "My birthday is 4 June.", "I'm flying to Rome on 10 June.",
+                  "I'm flying to Rome on 20 June.")
+    assert ops(memory) == ["ADD", "SUPERSEDE"] * 2
+    memory.sleep("2024-05-05")
+    assert memory.answer("When is my birthday?", "2024-05-06")[0] == "4 June"
+    assert "flying to Rome" in memory.answer("What is coming up?", "2024-06-15")[0]
+
+
+def test_a_stranger_does_not_get_the_users_facts():
+    memory = tell("I live in Paris.", "My best friend lives in Oslo.")
+    memory.observe("I live in Rome.", "2024-05-03", speaker="Bo Roe")
+    for question, answer in (("Where does Tom live?", "I don't know."), ("Where do I live?", "Paris"),
+                             ("Where does my brother live?", "I don't know."),
+                             ("Where does my best friend live?", "Oslo"), ("Where does Bo live?", "Rome")):
+        assert memory.answer(question, "2024-06-01")[0] == answer
+
+
+def test_two_claims_of_one_turn_about_one_chain():
+    memory = tell("I like coffee.", "I like coffee, but I gave up coffee.")
+    assert memory.answer("Do I like coffee?", "2024-06-01")[0].startswith("No")
+    memory = tell("I live in Paris.", "In 2021 I lived in Rome. In 2022 I lived in Lima.")
+    assert values(memory) == ["Rome", "Lima", "Paris"]
+
+
+def test_the_past_does_not_become_the_present_by_forgetting():
+    memory = tell("I live in Rome.", "I moved to Paris.")
+    memory.forget("Paris")
+    assert memory.answer("Where do I live?", "2024-06-01")[0] == "I don't know."
+    assert memory.as_of(HOME, "2024-06-01") is None and memory.as_of(HOME, "2024-05-01").value == "Rome"
+    assert "current" not in memory.recall("Where do I live?", "2024-06-01").text
+
+
+def test_times_without_a_job():
+    memory = Memory()
+    for text, day in (("I work at Acme.", "2024-01-05"), ("I quit my job.", "2024-03-05")):
+        memory.observe(text, day)
+    assert memory.answer("Where do I work?", "2024-04-01")[0] == "Nothing."
+    memory.observe("I joined Globex.", "2024-05-05")
+    assert memory.answer("Where did I work in April 2024?", "2024-06-01")[0] == "Nothing."
+    assert memory.answer("Where did I work before Globex?", "2024-06-01")[0] == "Acme"
+
+
+def test_since_is_a_reason_or_a_date():
+    assert "tram" in tell("I live in Paris since the tram stops here.").trail(HOME)[0].reason
+    assert tell("I live in Paris since 2021.").trail(HOME)[0].reason == ""
+
+
+def test_a_forgotten_plan_is_no_intention():
+    memory = tell("I'm flying to Rome on 10 June.")
+    memory.sleep("2024-05-02")
+    (intention,) = memory.store().intentions
+    memory.forget("Rome")
+    for _ in range(2):  # before and after the next night
+        assert "Rome" not in memory.dump() + str(memory.why(intention))
+        memory.sleep("2024-05-03")
+    again = tell("I'm flying to Rome on 10 June.")
+    again.forget("Rome")
+    again.sleep("2024-05-03")
+    assert not again.store().intentions
+
+
+def test_the_sweep_looks_at_one_person_at_a_time():
+    memory, people = Memory(), ("Ann", "Bo", "Cy", "Di", "home")  # one is called like a domain
+    scenes = ("dinner", "trip", "report", "lawn", "race", "concert", "exam", "birthday")
+    for n, person in enumerate(people):
+        for i in range(3):
+            for scene in scenes:
+                phrase = ("wrote a checklist for", "prepared weeks ahead", "made an agenda for")[i]
+                day = f"2024-05-{9 * i + n + 1:02d}"
+                memory.observe(f"I {phrase} the {scene}.", day, f"s{i}", speaker=person)
+    memory.sleep("2024-06-01")
+    assert sorted(c.subject for c in memory.store().cores.values()) == sorted(people)
+    assert all(len(c.members) == len(scenes) for c in memory.store().cores.values())
+
+
+def test_letters_that_only_look_like_ascii():
+    memory = tell("I am going to Rome th\u0131s week.", "I like \ud83d tea.",
+                  "In \u017feptember I lived in Lima.")
+    assert len(memory.store().turns) == 3 and memory.check() == []

@@ -185,3 +185,44 @@ def test_metrics():
     assert score("running, apples", "multi-hop", "run, pears") == 0.5
     assert score("likely no", "open-domain", "Likely no; because of work") == 1
     assert score("It was Business Administration.", "single-session-user", "business administration") == 1
+
+
+def test_a_turn_to_be_hidden_is_not_quoted_whole():
+    found = [claim("Paris", "The user lives in Paris."),  # no verbatim quote: it rests on the whole turn
+             claim("migraines", "The user has migraines.", "condition", quote="migraines")]
+    memory = Memory(LLM(Script(extract=[{"claims": found}])))
+    memory.observe("I live in Paris, with migraines.", "2024-05-01")
+    memory.forget("migraines")
+    assert "not shown" in str(memory.why("b1")) and "migraines" not in str(memory.why("b1"))
+
+
+def test_a_core_is_withdrawn_and_named_again():
+    domains = ("dinner", "trip", "report", "concert", "race")
+    schemas = [("user", d, "prepares", f"For a {d} the user prepares, even with gout.", {"prepar": 1.0},
+                [f"b{4 * k + i}" for i in (1, 2, 3, 4)]) for k, d in enumerate(domains)]
+    chat = Script(extract=[h for d in domains for h in habits(d, 4)], reconcile=[{"operations": []}],
+                  core=[{"behaviour": "likes certainty", "text": "Because of gout."},
+                        {"behaviour": "likes certainty", "text": "No surprises."}])
+    memory = Memory(LLM(chat))
+    for i in range(20):
+        memory.observe(f"message {i} about something", f"2024-05-{i + 1:02d}", f"s{i}")
+
+    def induce(store, pool):
+        if not forgotten:
+            return schemas
+        return [(*names, text.replace(", even with gout", ""), vector, [i for i in ids if i != "b1"])
+                for *names, text, vector, ids in schemas]
+    memory.backend.induce = induce
+    forgotten = False
+    memory.sleep("2024-06-01")
+    (core,) = memory.store().cores
+    assert "gout" in memory.dump()
+    memory.forget("dinner, part 0")
+    forgotten = True
+    assert "dinner the user prepares" not in memory.dump() and "Because of gout" not in str(memory.why(core))
+    memory.sleep("2024-06-02")
+    again = memory.store().cores[core]
+    assert (again.text, again.status) == ("No surprises.", "stable") and memory.check() == []
+    once = dcpm.snapshot(memory.store())
+    memory.sleep("2024-06-02")
+    assert dcpm.snapshot(memory.store()) == once

@@ -85,10 +85,10 @@ def test_hostile_and_odd_texts_are_kept_and_break_nothing():
 
 def test_a_bad_date_and_an_unknown_id_are_refused_before_anything_is_kept():
     memory = dcpm.Memory()
-    for bad in ("yesterday", "", "2024-13-01"):
+    for bad in ("yesterday", "", "2024-13-01", "20240501", "2024-W18-3"):
         try:
             memory.observe("I live in Paris.", bad)
-        except ValueError:
+        except (ValueError, dcpm.DcpmError):
             pass
         else:
             raise AssertionError(bad)
