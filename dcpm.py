@@ -877,7 +877,8 @@ def quote(store, source):
 def text_of(store, node):
     """The text of a record, unless it may give away what was asked to be forgotten since the last night."""
     forgotten = any(store.beliefs[i].status == "suppressed" for i in getattr(node, "evidence", ()))
-    by_rule = getattr(node, "behaviour", "") in POLES  # a fixed sentence: it repeats no single belief
+    _, gloss, _ = POLES.get(getattr(node, "behaviour", ""), ("", "", ""))
+    by_rule = gloss and node.text.endswith(f" {gloss}.")  # a fixed sentence: it repeats no single belief
     return WITHDRAWN if forgotten and not by_rule else node.text
 
 
@@ -1285,13 +1286,21 @@ FRAMES = [(a, p, re.compile(rf"^{pattern}[\s.!]*$", re.I)) for a, p, pattern in 
 )]
 FUTURE = re.compile(rf"^(?:{_BE} going to|will|plan to|{_BE} planning to|need to|{_HAVE} to|{_BE}|{_HAVE}) "
                     r"(?P<v>.+)$", re.I)
-NEGATOR = re.compile(rf"^(?:used to|(?:{_BE} )?no longer|(?:do|does) not|(?:{_HAVE} )?stopped|not)\s+", re.I)
+NEGATOR = re.compile(rf"^(?:used to|(?:{_HAVE} )?never|(?:{_BE} )?no longer|(?:do|does) not|"
+                     rf"(?:{_HAVE} )?stopped|not)\s+", re.I)
 FIRST = re.compile(rf"^.{{0,40}}?\b(?:(?P<i>I|[Ww]e)|[Mm]y (?P<who>{RELATIVES})(?: [A-Z][a-z]+)?)\s+"
                    r"(?P<rest>.+)$", re.S)
 NAMED = re.compile(r"^(?!(?:He|She|They|It|You|This|That|There|The|Some\w+|Every\w+|No\w+|Who) )"
                    r"(?P<who>[A-Z][a-z]+) (?P<rest>(?:lives|moved|works|joined|got|has) .+)$", re.S)
-STRANGER = re.compile(rf"\b[Mm]y ({RELATIVES})\b|\b(?:does|did|is|was|has|will) ((?!I\b)[A-Z]\w*)")
-MY = re.compile(r"^(?:.{0,20}\b)?[Mm]y (?P<a>name|age|birthday|favou?rite [\w ]+?) is (?P<v>.+)$", re.S)
+STRANGER = re.compile(rf"\b[Mm]y ({RELATIVES})\b|\b(?i:do|does|did|is|was|has|will) ((?!I\b)[A-Z]\w*)"
+                      r"|\b(?i:do|does|did|has) (he|she|they|my \w+)\b")
+MY = re.compile(r"^(?:.{0,20}\b)?[Mm]y (?P<a>name|age|birthday|favou?rite [\w ]+?) is (?!not )(?P<v>.+)$",
+                re.S)
+# Before "I": a question without its mark, what others say, another time. After it: a past without a date.
+ASIDE = re.compile(r"\b(?:said|says?|thinks?|thought|told|whether|true that|when|while|before|until|dream)\b"
+                   r"|\b(?:do|did|am|have|can|could|should|shall|will|may) I $", re.I)
+LONG_AGO = re.compile(r"(?:lived|worked|was (?!diagnosed|fired|called)|"
+                      r".* (?:until|when I was|as a (?:child|kid)))\b")
 HEDGE = re.compile(r"\b(maybe|might|perhaps|possibly|thinking (?:of|about)|considering|not sure)\b", re.I)
 HYPOTHESIS = re.compile(r"\b(if|would|wish|imagine|suppose|unless|as if|hope)\b", re.I)
 CLAUSE_ENDS = re.compile(r"(;|, but |\bbut (?=I\b|my\b)|,? and (?=I\b|my\b)|, then (?=I\b))")
@@ -1301,7 +1310,9 @@ FORGET = re.compile(r"^(?:(?:and|so|ok(?:ay)?|well|oh|now|just|please|kindly|let
                     r"(?:can|could|will|would) you|you (?:can|may|should|must)|"
                     r"I(?:'d| would)? (?:want|like) you to)[, ]+)*"
                     r"(?:forget|delete|erase|(?:do not|don't) remember)\b "
-                    r"(?:about |that |the fact that |what I said about )?(.+)", re.I)
+                    r"(?:(?:everything|all|what|whatever|that|the fact that|about|I|ever|have|said|told you|"
+                    r"mentioned) )*"
+                    r"(?!it\b)(.+?)(?:,? (?:please|now|from your memory|thanks))*$", re.I)
 ADVERB = re.compile(r"^(?:(?:still|now|also|just|really|currently|recently|actually|finally|even|totally|"
                     r"ha(?:ve|s) been(?= \w+ing)) )+", re.I)
 SHORT = [(r"\bI'm\b", "I am"), (r"\b(I|[Ww]e)'ve\b", r"\1 have"), (r"\b(I|[Ww]e)'ll\b", r"\1 will"),
@@ -1323,7 +1334,7 @@ def clauses(text):
 
 def tidy(value, attribute):
     """Cut what is not the value: dates, reasons, qualifiers, articles."""
-    if attribute in PROPER and (name := re.search(r"\b[A-Z][\w'&-]*(?: [A-Z][\w'&-]*)*", value)):
+    if attribute in PROPER and (name := re.search(r"\b[A-Z][\w'&-]*(?: (?!I\b)[A-Z][\w'&-]*)*", value)):
         return name.group()
     parts = [p for p in DATE.sub("|", value).split("|") if p.strip()] or [""]
     value = re.split(rf",| because | since | so that |{QUALIFIER.pattern}", parts[0])[0].strip(" .!,")
@@ -1357,6 +1368,8 @@ def read_clause(body, me, t):
     if mine := MY.match(body):
         attribute = mine["a"].replace("favourite", "favorite")
         value = mine["v"] if attribute == "birthday" else tidy(mine["v"], attribute)
+        if attribute == "birthday" and window and not re.search(r"\d", value):  # "tomorrow" goes stale
+            value = " to ".join(dict.fromkeys(window))
         return Claim(attribute, value, subject=me, t_event=t)
     match = FIRST.match(body) or NAMED.match(body)
     if not match:
@@ -1370,8 +1383,12 @@ def read_clause(body, me, t):
     if HYPOTHESIS.search(body):
         return None
     rest, sign = ADVERB.sub("", match["rest"].strip()), 1
-    future = FUTURE.match(rest)
+    if ASIDE.search(body[:match.start("rest")]) or not window and LONG_AGO.match(rest):
+        return Claim("event", body, **told)
+    future = FUTURE.match(rest) if not re.match(r"(?:was|were|had)\b", rest) else None
     ahead = window and window[1] >= t[:10] and (window[0] > t[:10] or re.match(r"will|\w+ going to", rest))
+    if future and ahead and (denied := re.match(r"not (.+)", future["v"])):
+        return Claim("cancel", tidy(denied[1], "plan"), polarity=-1, **told)
     if future and ahead:
         return Claim("plan", tidy(future["v"], "plan"), until=window[1], **told)
     if negator := NEGATOR.match(rest):
@@ -1385,8 +1402,8 @@ def read_clause(body, me, t):
                 if sign == 1 and re.match(r"ha(?:ve|s) (?:a|my) job", undated):
                     break
                 value = ""
-            elif not key(value):
-                continue
+            elif not key(value) or (attribute in PROPER - {"partner"} and not value[0].isupper()):
+                continue  # "I joined a gym" is no job
             layer = "identity" if attribute in IDENTITY else "fact"
             return Claim(attribute, value, polarity=polarity * sign, layer=layer,
                          detail=bool(QUALIFIER.search(rest)), **told)
@@ -1406,14 +1423,14 @@ def answer_rules(store, question, now):
     if COMING.search(question):
         items = [n for n in lines if n.channel == "intention"]
         return "; ".join(n.text for n in items) or "Nothing that I know of.", [n.id for n in items]
-    q = set(words(question))
-    slots = [(p, a, None) for p in people_in(store, question) for a in asked_about(question)]
+    q, people = set(words(question)), people_in(store, question)
+    slots = [(p, a, None) for p in people for a in asked_about(question)]
     slots += [b.slot for b in top_beliefs(store, question, 20) if set(words(b.value)) & q
-              and b.slot[2] and b.slot[1] not in ("event", "maybe", "plan")]
+              and b.slot[0] in people and b.slot[2] and b.slot[1] not in ("event", "maybe", "plan")]
     for slot in slots:
         if chain := store.visible(slot):
             return answer_from_chain(store, slot, chain, question, now)
-    if not people_in(store, question):  # a stranger: at most a line that names them
+    if not people:  # a stranger: at most a line that names them
         name = "".join(filter(None, STRANGER.search(question).groups()))
         lines = [n for n in lines if is_named(name, n.text)]
     best = max(lines, key=lambda n: len(q & set(words(n.text))), default=None)
@@ -1429,7 +1446,11 @@ def answer_from_chain(store, slot, chain, question, now):
     if window and window[1] < now[:10] and "before" not in question:
         node = as_of(store, slot, window[1])
         return (spoken(node), [node.id]) if node else ("I don't know.", [])
-    if PAST.search(question):  # walk one link back; a refinement is no earlier state, nor is having had none
+    named = [b for b in chain if b.value and set(words(b.value)) <= set(words(question))]
+    if re.match(r"(did|have|has)\b", question, re.I) and slot[2] is None and named:
+        return f"Yes, since {named[-1].t_event[:10]}.", [named[-1].id]
+    # Walk one link back; a refinement is no earlier state, nor is having had none.
+    if PAST.search(question) and not re.match(r"(did|when)\b", question, re.I):
         known = [b for b in chain if b.link_kind != "refine" and (b.value or b is head)]
         named = [i for i, b in enumerate(known) if b.value and key(b.value) in key(question)]
         at = named[0] if named else len(known) - 1
@@ -1437,8 +1458,21 @@ def answer_from_chain(store, slot, chain, question, now):
     if head.status != "active":  # what came after it was to be forgotten
         return "I don't know.", []
     if re.match(r"(do|does|am|is|have|has)\b", question, re.I):
-        return ("Yes" if head.polarity == 1 else "No") + f", since {head.t_event[:10]}.", [head.id]
-    return spoken(head), [head.id]
+        if asks_just_that(chain, question):
+            return ("Yes" if head.polarity == 1 else "No") + f", since {head.t_event[:10]}.", [head.id]
+        return (head.text if slot[2] else spoken(head)), [head.id]
+    return (head.text if slot[2] and head.polarity < 1 else spoken(head)), [head.id]
+
+
+def asks_just_that(chain, question):
+    """May it be answered by yes or no: does it ask for the head's whole value, and for nothing else?"""
+    head, asked = chain[-1], set(words(question))
+    if not set(words(head.value)) <= asked:  # "Do I live in Rome?" to somebody in Paris
+        return False
+    if head.slot[1] == "likes" and not re.search(r"\b(like|love|enjoy|prefer|fond)", question, re.I):
+        return False
+    told = {w for b in chain for w in words(f"have {b.slot[1]} {b.text}")}
+    return head.slot[2] is None or asked <= told
 
 
 def spoken(belief):
@@ -1528,13 +1562,16 @@ class LLM:
                     value = json.loads(re.search(r"\{.*\}", text, re.S).group())
                     check(value)
                     break
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+                        RecursionError) as error:
                     # Decoding is greedy: the same prompt would fail the same way, so the reason goes with it.
                     value, note = None, f"Not usable ({type(error).__name__}: {error}). One JSON object."
                     talk = talk[:2] + [{"role": "assistant", "content": text[:2000]},
                                        {"role": "user", "content": note}]
-            self.cache[address] = value
             self.failures[kind] += value is None
+            if value is None and not text:  # silence may pass, a bad answer would come again
+                return None
+            self.cache[address] = value
         value = self.cache[address]
         return None if value is None else check(value)
 
@@ -1545,32 +1582,47 @@ class LLM:
 
         def check(data):
             claims = [self.read_claim(c, turn) for c in data["claims"]]
-            return claims, [str(f) for f in data.get("forget", [])]
-        before = [f"{t.speaker}: {t.text[:300]}" for t in list(store.turns.values())[-21:-1]]
+            forget = data.get("forget") or []
+            forget = [forget] if isinstance(forget, str) else forget
+            if not isinstance(forget, list) or not all(isinstance(f, str) for f in forget):
+                raise ValueError('"forget" must be a list of strings')
+            return claims, [f for f in forget if set(words(f)) - set(words(f"user {turn.speaker}"))]
+        before = [f"{t.speaker}: {t.text[:300]}" for t in list(store.turns.values())[-21:-1]
+                  if t.id not in store.hidden]
         prompt = EXTRACT.format(t=turn.t, before="\n".join(before) or "(none)", speaker=turn.speaker,
                                 text=turn.text, attributes=ATTRIBUTES)
-        claims, forget = self.ask("extract", prompt, check) or (None, [])
+        # Without a usable answer the claims are lost, but a request to forget must not be: the rules read it.
+        claims, forget = self.ask("extract", prompt, check) or (None, extract_rules(turn)[1])
         return self.reconcile(store, claims) if claims else claims, forget
 
     def read_claim(self, c, turn):
         """One claim of the model's JSON, checked; without a verbatim quote the whole turn is the span."""
-        value, polarity, quote = str(c["value"])[:200], c.get("polarity", 1), str(c.get("quote") or "")
+        if not all(isinstance(c[k], (str, int, float)) for k in ("value", "text")):
+            raise ValueError("value and text must be strings")
+        value, text = (str(c[k]).encode(errors="replace").decode() for k in ("value", "text"))
+        value, polarity, quote = value[:200], c.get("polarity", 1), str(c.get("quote") or "").strip()
+        subject = str(c.get("subject") or turn.speaker)
+        if re.fullmatch(rf"(?:the )?user|I|me|{re.escape(turn.speaker)}", subject, re.I):
+            subject = turn.speaker
+        elif subject[0].islower() and turn.speaker != "user":
+            subject = f"{turn.speaker}'s {subject}"  # in a dialogue of two, each has a sister
         if polarity not in (1, 0, -1) or (not key(value) and polarity != 0) or not turn.text:
             raise ValueError("each claim needs a value, and a polarity of 1, 0 or -1")
         at = turn.text.find(quote) if quote else -1
+        # What is no date counts as not said.
         when, until = (str(c.get(k) or "")[:10] for k in ("when", "until"))
-        past = re.fullmatch(r"\d{4}-\d\d-\d\d", when) and date.fromisoformat(when).isoformat() < turn.t[:10]
+        when, until = (day if date_window(day, turn.t) == (day, day) else "" for day in (when, until))
         span = (at, at + len(quote)) if at >= 0 else (0, len(turn.text))
-        return Claim(c["attribute"] if c["attribute"] in ATTRIBUTES else "event", value, str(c["text"])[:500],
-                     span, str(c.get("subject") or turn.speaker), polarity,
-                     "identity" if c.get("layer") == "identity" else "fact", when if past else turn.t,
-                     until=date.fromisoformat(until).isoformat() if until else "")
+        return Claim(c["attribute"] if c["attribute"] in ATTRIBUTES else "event", value, text[:500], span,
+                     subject, int(polarity), "identity" if c.get("layer") == "identity" else "fact",
+                     when if "" < when < turn.t[:10] else turn.t,
+                     0.9 if subject == turn.speaker else 0.4, until)
 
     def reconcile(self, store, claims):
         """Match claims to the chains they belong to. Ids outside the candidates are refused."""
         near = dict.fromkeys(b.slot for c in claims for b in top_beliefs(store, f"{c.value} {c.text}", 20)
-                             if b.status != "suppressed")
-        shown = {store.heads[slot]: store.chain(slot) for slot in list(near)[:20]}
+                             if store.head(b.slot).status != "suppressed")
+        shown = {store.heads[slot]: store.visible(slot) for slot in list(near)[:20]}
         if not shown:
             return claims  # nothing to compare with: all are new
 
@@ -1579,7 +1631,8 @@ class LLM:
                 fine = o["id"] in shown and o["op"] in ("CONFIRM", "REFINE", "SUPERSEDE")
                 if not fine or int(o["item"]) not in range(len(claims)):
                     raise ValueError(f"{o} names an id, an item or an op that was not offered")
-            return {int(o["item"]): (o["op"], o["id"]) for o in data["operations"]}
+            ops = {o["id"]: o for o in data["operations"][::-1]}  # one operation a node: the first
+            return {int(o["item"]): (o["op"], id_) for id_, o in ops.items()}
         chains = [f"[{i}] " + " -> ".join(f"{b.text} ({b.t_event[:10]})" for b in chain)
                   for i, chain in shown.items()]
         items = [f"{i}. {c.text}" for i, c in enumerate(claims)]
@@ -1590,6 +1643,7 @@ class LLM:
                 claim.slot = head.slot
                 if op != "SUPERSEDE":
                     claim.value, claim.polarity, claim.detail = head.value, head.polarity, op == "REFINE"
+                    claim.until = claim.until or head.until
         return claims
 
     def induce(self, store, pool):
@@ -1639,7 +1693,9 @@ class LLM:
         self.calls += 1
         context = recall(store, question, now)
         prompt = ANSWER.format(context=context.text or "(nothing)", question=question)
-        return self.chat([[{"role": "user", "content": prompt}]])[0] or "no information", context.ids
+        reply = self.chat([[{"role": "user", "content": prompt}]])[0]
+        self.failures["answer"] += not reply  # not "no information": that would score as a right abstention
+        return reply or "(no answer)", context.ids
 
 
 # ================================================================== PART 3: EXPERIMENTS
@@ -1851,7 +1907,7 @@ def credit(scores, right):
 
 
 def placebo(store, rng):
-    """The same schemas and cores about behaviours drawn at random: as many, as long, without information."""
+    """The same schemas and cores about behaviours drawn at random: as many, without information."""
     fake = copy.copy(store)
     fake.schemas, fake.cores = copy.deepcopy((store.schemas, store.cores))
     for node in [*fake.schemas.values(), *fake.cores.values()]:
@@ -2059,26 +2115,42 @@ def load_personamem_v2(rows, folder):
         yield Sample(f"persona {row['persona_id']}" + ("" if whole else " (snippet only)"), turns, [asked])
 
 
+def checked(sample):
+    """A sample as it is; what would only fail while ingesting is refused here."""
+    for turn in sample.turns:
+        if not all(isinstance(x, str) for x in turn):
+            raise TypeError(f"{sample.name}: {turn} is not ref, session, speaker, text and time")
+        date.fromisoformat(turn[4][:10])
+    for q in sample.questions:
+        date.fromisoformat(q.now[:10])
+        if not isinstance(q.text, str):
+            raise TypeError(f"{sample.name}: {q.text!r} is no question")
+    return sample
+
+
 def load_corpus(path, format="", questions=""):
     """File -> list of samples; the format is detected from the first record when it is not given."""
     path = Path(path)
     if not path.is_file():
         raise DcpmError(f"--data {path}: there is no such file")
+    if format not in ("", "personamem") and path.suffix == ".jsonl":
+        raise DcpmError(f"--data {path}: a .jsonl file is read as PersonaMem, not as {format}")
     try:
         if path.suffix == ".jsonl":
             guess = path.with_name(re.sub("(shared_)?contexts?", "questions", path.stem) + ".csv")
             if not Path(questions or guess).is_file():
                 raise DcpmError(f"PersonaMem needs --questions FILE.csv; there is no {questions or guess}")
-            return list(load_personamem(path, questions or guess))
+            return list(map(checked, load_personamem(path, questions or guess)))
         rows = json.loads(path.read_text(encoding="utf-8"))
         rows = rows if isinstance(rows, list) else [rows]
         for column, kind, load in (("conversation", "locomo", load_locomo),
                                    ("haystack_sessions", "longmemeval", load_longmemeval),
                                    ("related_conversation_snippet", "personamem", load_personamem_v2)):
             if column in rows[0] and format in ("", kind):
-                return list(load(rows, path.parent))
+                return list(map(checked, load(rows, path.parent)))
         raise DcpmError(f"--data {path}: not {format or 'a known format'}; it has {sorted(rows[0])[:8]}")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, SyntaxError, csv.Error,
+            RecursionError) as error:
         raise DcpmError(f"--data {path}: bad record ({type(error).__name__}: {error})") from error
 
 
@@ -2109,10 +2181,13 @@ def evidence_recall(sample, memory, ids):
     return out
 
 
+def tokens(text):
+    return [stem(w) for w in re.findall(r"[a-z0-9]+", text.lower()) if w not in ("a", "an", "the", "and")]
+
+
 def token_f1(answer, gold):
     """F1 over stemmed tokens without articles and punctuation (the benchmark's stemmer is Porter's)."""
-    skip = ("a", "an", "the", "and")
-    a, g = ([stem(w) for w in re.findall(r"[a-z0-9]+", t.lower()) if w not in skip] for t in (answer, gold))
+    a, g = tokens(answer), tokens(gold)
     same = (Counter(a) & Counter(g)).total()
     return 2 * same / (len(a) + len(g)) if same else 0.0
 
@@ -2130,7 +2205,8 @@ def score_answer(reply, question):
         return sum(parts) / len(parts)
     if kind in CATEGORY.values():
         return token_f1(reply, gold.split(";")[0] if kind == "open-domain" else gold)
-    return float(" ".join(words(gold)) in " ".join(words(reply)))
+    said, wanted = (" ".join(["", *tokens(t), ""]) for t in (reply, gold))
+    return float(wanted in said)
 
 
 def evaluate_corpus(args, backend):
@@ -2146,7 +2222,9 @@ def evaluate_corpus(args, backend):
         asked_at = {id(q): n if q.end is None else min(q.end, n) for q in sample.questions}
         for q in sorted(sample.questions, key=lambda q: asked_at[id(q)])[:left]:
             end = asked_at[id(q)]  # never a turn beyond its end
-            ingest(sample, memory, done, end)
+            if end > done:
+                ingest(sample, memory, done, end)
+                memory.sleep(q.now)
             done, left = end, left - 1
             options = [*q.options, "End with the letter."] if q.options else []
             scores[q.category].append(score_answer(memory.answer("\n".join([q.text, *options]), q.now)[0], q))
@@ -2161,7 +2239,8 @@ def evaluate_corpus(args, backend):
         print(f"model calls {backend.calls}, failures after {backend.tries} tries {dict(+backend.failures)}")
     for category, values in sorted(scores.items()):
         print(f"  answers, {category:30} {np.mean(values):.3f}  ({len(values)} questions)")
-    if any("session" in category for category in scores):
+    asked = [q for sample in samples for q in sample.questions]
+    if scores and any(not q.options and q.category not in CATEGORY.values() for q in asked):
         print("  (containment of the gold answer: a substitute for that benchmark's judge)")
 
 

@@ -354,7 +354,8 @@ def test_to_speak_of_forgetting_is_no_request(text):
 
 
 @pytest.mark.parametrize("text", ["Please forget the tea.", "Can you forget that I like tea?",
-                                  "OK, forget tea.", "I'd like you to forget about tea.", "Don't remember that I like tea."])
+                                  "OK, forget tea.", "I'd like you to forget about tea.",
+                                  "Don't remember that I like tea."])
 def test_requests_to_forget(text):
     memory = tell("I like tea.", text)
     assert memory.store().hidden and "tea" not in memory.recall("Do I like tea?", "2024-06-01").text
@@ -440,3 +441,58 @@ def test_letters_that_only_look_like_ascii():
     memory = tell("I am going to Rome th\u0131s week.", "I like \ud83d tea.",
                   "In \u017feptember I lived in Lima.")
     assert len(memory.store().turns) == 3 and memory.check() == []
+
+
+@pytest.mark.parametrize("told, question, answer", [
+    ("I live in Paris.", "Do I live in Berlin?", "Paris"),
+    ("I live in Paris.", "Do I live in Paris?", "Yes, since"),
+    ("I live in Paris.", "Did I live in Paris?", "Yes, since"),
+    ("I work at Acme.", "Do I work at Initech?", "Acme"),
+    ("I like coffee.", "Do I like coffee?", "Yes, since"),
+    ("I like coffee.", "Do I hate coffee?", "I like coffee"),
+    ("I like hot dogs.", "Do I like hot chocolate?", "I like hot dogs"),
+    ("I like coffee.", "Does my sister like coffee?", "I don't know."),
+    ("I like coffee.", "Does Tom like coffee?", "I don't know."),
+    ("I live in Paris.", "Where does my teacher live?", "I don't know."),
+    ("I never eat meat.", "What do I eat?", "I never eat meat")])
+def test_answers_say_no_more_than_is_known(told, question, answer):
+    assert tell(told).answer(question, "2024-06-01")[0].startswith(answer)
+
+
+@pytest.mark.parametrize("text", [
+    "Tom said I moved to Oslo.", "It's not true that I live in Rome.", "Do I live in Rome", "I joined a gym.",
+    "Ask me whether I live in Lima.", "When I lived in Lima, I worked at Acme.", "I switched to decaf.",
+    "I lived in Rome for ten years.", "I lived in Rome when I was a child.", "I moved to the couch.",
+    "In my dream I live in Rome.", "My name is not Bob.", "I was called by the bank."])
+def test_what_only_looks_like_a_fact_changes_no_chain(text):
+    memory = tell("I live in Paris. I work at Globex. My name is Ann.", text)
+    assert values(memory) == ["Paris"] and values(memory, WORK) == ["Globex"]
+    assert values(memory, ("user", "name", None)) == ["Ann"]
+
+
+@pytest.mark.parametrize("text", ["I was born on 10 June.", "I had surgery in July.",
+                                  "I was going to fly to Rome on 10 June."])
+def test_what_is_over_is_no_plan(text):
+    memory = tell(text)
+    memory.sleep("2024-05-02")
+    assert not memory.store().intentions
+
+
+def test_a_denied_plan_is_withdrawn():
+    memory = tell("I'm flying to Rome on 10 June.", "I'm not flying to Rome on 10 June anymore.")
+    memory.sleep("2024-05-03")
+    assert memory.answer("What is coming up?", "2024-05-04")[0] == "Nothing that I know of."
+
+
+def test_a_birthday_tomorrow_is_a_date():
+    assert values(tell("My birthday is tomorrow."), ("user", "birthday", None)) == ["2024-05-02"]
+
+
+@pytest.mark.parametrize("text", [
+    "Forget my migraines, please.", "Please forget what I told you about my migraines.",
+    "Please forget everything about my migraines.", "Please forget that I ever had migraines.",
+    "Delete my migraines from your memory.", "Please forget that I have migraines."])
+def test_ways_to_ask_for_forgetting(text):
+    memory = tell("I suffer from migraines.", "Forget it, I have a headache.", text)
+    statuses = [b.status for b in memory.store().beliefs.values() if "migraine" in b.text]
+    assert statuses == ["suppressed"] and len(memory.store().hidden) == 2

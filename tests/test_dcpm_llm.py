@@ -60,8 +60,8 @@ def test_unusable_answers_keep_the_turn_and_count_the_failure():
     for bad in ("", None, "I cannot do that.", cut, "[]",
                 '{"claims": 3}', '{"claims": [{"value": "x"}]}', '{"claims": [7]}',
                 json.dumps({"claims": [claim("Paris", "x", polarity=5)]}),
-                json.dumps({"claims": [claim("", "x")]}),
-                json.dumps({"claims": [claim("Rome", "x", "plan", until="soon")]}), "{" * 5000):
+                json.dumps({"claims": [claim("", "x")]}), json.dumps({"claims": [claim(None, "x")]}),
+                json.dumps({"claims": [], "forget": {"all": 1}}), "{" * 5000):
         chat = Script(extract=[bad])
         memory = Memory(LLM(chat))
         assert memory.observe("I live in Paris.", "2024-05-01") == []
@@ -226,3 +226,56 @@ def test_a_core_is_withdrawn_and_named_again():
     once = dcpm.snapshot(memory.store())
     memory.sleep("2024-06-02")
     assert dcpm.snapshot(memory.store()) == once
+
+
+def test_optional_fields_that_are_wrong_do_not_cost_the_claim():
+    found = [claim("Paris", "x", when="2024-02-31", until="soon", subject="the user", quote=" ")]
+    memory = Memory(LLM(Script(extract=[{"claims": found, "forget": None}])))
+    memory.observe("Paris is home.", "2024-05-01")
+    (belief,) = memory.trail(HOME)
+    assert (belief.t_event, belief.until, belief.confidence) == ("2024-05-01", "", 0.9)
+
+
+def test_what_a_model_may_ask_to_forget():
+    chat = Script(extract=[{"claims": [claim("migraines", "The user has migraines.", "condition")]},
+                           {"claims": [], "forget": ["the user"]},  # everything: refused
+                           {"claims": [], "forget": "migraines"}, "nothing usable"])
+    memory = Memory(LLM(chat))
+    for day, text in enumerate(("I have migraines.", "Hm.", "Not that.", "Forget my asthma, please."), 1):
+        memory.observe(text, f"2024-05-0{day}")
+        assert [b.status for b in memory.store().beliefs.values()] == ["active" if day < 3 else "suppressed"]
+    assert [b.status for b in memory.store().beliefs.values()] == ["suppressed"]
+    later = [talk[1]["content"] for kind, talk in chat.seen if kind == "extract"][-1]
+    assert "migraines" not in later  # nor is it handed to the model again
+    assert memory.store().log[-1].op == "SUPPRESS"  # a request counts even where the model failed
+
+
+def test_others_have_lines_of_their_own():
+    sister = {"claims": [claim("Oslo", "x", subject="sister")]}
+    memory = Memory(LLM(Script(extract=[sister], reconcile=[{"operations": []}])))
+    for person in ("Ann", "Bo"):
+        memory.observe("My sister lives in Oslo.", "2024-05-01", speaker=person)
+    assert sorted(slot[0] for slot in memory.store().heads) == ["Ann's sister", "Bo's sister"]
+    assert all(b.confidence == 0.4 for b in memory.store().beliefs.values())
+
+
+def test_a_silent_model_is_asked_again_and_its_silence_is_no_answer():
+    chat = Script(extract=[None, None, None, {"claims": [claim("Paris", "x")]}], answer=[None])
+    backend = LLM(chat)
+    for expected in ([], ["Paris"]):
+        memory = Memory(backend)
+        memory.observe("I live in Paris.", "2024-05-01")
+        assert [b.value for b in memory.trail(HOME)] == expected
+    assert memory.answer("Where do I live?", "2024-06-01")[0] == "(no answer)"
+    assert backend.failures == {"extract": 1, "answer": 1}
+
+
+def test_confirming_a_plan_keeps_its_date():
+    plan = {"claims": [claim("fly to Rome", "The user flies to Rome.", "plan", until="2024-06-10")]}
+    again = {"claims": [claim("Rome", "The user flies to Rome soon.", "plan")]}
+    memory = Memory(LLM(Script(extract=[plan, again], reconcile=[{"operations": [
+        {"item": 0, "op": "CONFIRM", "id": "b1"}]}], induce=[{"schemas": []}])))
+    memory.observe("I fly to Rome on 10 June.", "2024-05-01", "a")
+    memory.observe("Soon, to Rome!", "2024-05-02", "b")
+    memory.sleep("2024-05-03")
+    assert [i.status for i in memory.store().intentions.values()] == ["open"]
