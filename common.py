@@ -319,8 +319,12 @@ def chain_values(text: str) -> list[int]:
     return values
 
 
-def load_tasks(source: str, eval_tasks: int, make_chain=chain_task) -> tuple[list[Task], list[Task]]:
-    """'chain', a file or a hub id -> (training, held-out tasks): disjoint texts, the same for every seed."""
+def load_tasks(source: str, eval_tasks: int, make_chain=chain_task,
+               a_step: int = 1) -> tuple[list[Task], list[Task]]:
+    """'chain', a file or a hub id -> (training, held-out tasks): disjoint texts, the same for every seed.
+
+    a_step: how many training problems there must be at least.
+    """
     rng = random.Random(20260)
     if source == "chain":
         tasks = [make_chain(rng) for _ in range(20 * eval_tasks + 4000)]
@@ -328,9 +332,9 @@ def load_tasks(source: str, eval_tasks: int, make_chain=chain_task) -> tuple[lis
         tasks = [row_to_task(row, f"{source}, row {i}") for i, row in enumerate(read_rows(source), 1)]
         rng.shuffle(tasks)
     unique = list({json.dumps(task.messages): task for task in tasks}.values())
-    if len(unique) <= eval_tasks:
+    if len(unique) < eval_tasks + a_step:
         fail(f"{source} holds {len(unique)} different problems, too few for --eval_tasks {eval_tasks} and "
-             "training; lower --eval_tasks")
+             f"{a_step} a training step; lower --eval_tasks or --prompts_per_step")
     return unique[eval_tasks:], unique[:eval_tasks]
 
 
@@ -371,9 +375,16 @@ def row_to_task(row: dict, where: str) -> Task:
     if question is None or answer is None:
         fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt, "
              "and answer or solution; rename them")
-    messages = list(question) if isinstance(question, list) else [{"role": "user", "content": str(question)}]
+    messages = list(question) if isinstance(question, list) else [{"role": "user", "content": question}]
     if columns.get("system"):
         messages = [{"role": "system", "content": columns["system"]}, *messages]
+    good = all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+               for m in messages)
+    if not good or not messages or messages[-1]["role"] != "user":
+        fail(f"{where}: a question is a text, or a list of messages with role and content (texts), "
+             "the last of them the user's; repair or remove it")
+    # Half a character (a lone surrogate), which no tokenizer takes, becomes a question mark.
+    messages = [{**m, "content": m["content"].encode(errors="replace").decode()} for m in messages]
     if not any("boxed" in m["content"] or "<answer>" in m["content"] for m in messages):
         text = messages[-1]["content"] + "\n\nPut the final answer in \\boxed{}."
         messages[-1] = {**messages[-1], "content": text}
@@ -401,6 +412,8 @@ def final_answer(text: str) -> str | None:
 def normalise(answer: str) -> str:
     """Numbers lose commas, $, % and trailing zeros; words lose spaces and case; a single letter is exact."""
     plain = re.sub(r"[\s,$%]|\\[ ,!%$]", "", answer).rstrip(".")
+    if re.fullmatch(r"[-+]?[0-9]{1,4000}", plain):  # not through float, which would round a long one
+        return str(int(plain))
     try:
         value = float(plain)
         return repr(int(value)) if value.is_integer() else repr(value)
@@ -1206,10 +1219,13 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float,
             try:
                 answer = client.chat_completion(messages, model=model_name or "default", **sampling, **extra)
                 reached, choice = True, answer.choices[0]
-                return None if choice.finish_reason == "length" else choice.message.content or None
+                whole = choice.finish_reason not in ("length", "content_filter")
+                return choice.message.content or None if whole else None
             except Exception as error:  # the error classes differ between versions, this attribute does not
                 code = getattr(getattr(error, "response", None), "status_code", None)
-                reached, reason = reached or code is not None, type(error).__name__
+                # Whatever is no error of the network comes from reading an answer: the server is there.
+                answered = code is not None or isinstance(error, (TypeError, LookupError, ValueError))
+                reached, reason = reached or answered, type(error).__name__
                 if code in (401, 403, 404):
                     fail(f"{url} answered {code}; "
                          f"check the address, the model name '{model_name}' and ${api_key_env}")
@@ -1264,8 +1280,8 @@ def load_student(config, device):
 def train(config: Config) -> dict:
     """GRPO: sample groups, centre and scale rewards within each group, one clipped policy-gradient update."""
     device = setup(config)
+    train_tasks, held_out = load_tasks(config.data, config.eval_tasks, small_chain, config.prompts_per_step)
     run = Run(config, "common")
-    train_tasks, held_out = load_tasks(config.data, config.eval_tasks, small_chain)
     student, tok = load_student(config, device)
     header("common.py", config, student, device)
     optimizer, rng = make_optimizer(student, config), random.Random(config.seed)

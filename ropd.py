@@ -119,12 +119,13 @@ def require(condition: bool, kind: str, reason: str) -> None:
 def read_object(text: str | None) -> dict:
     """The first JSON object of a reply, whatever prose or code fence is around it. Raises JudgeError."""
     require(bool(text), "no_answer", "there was no complete reply")
-    text = text.rsplit("</think>", 1)[-1]
-    start = text.find("{")
-    require(start >= 0 and "[" not in text[:start], "parse", "the reply holds no JSON object")
+    if not text.lstrip().startswith("{"):  # else a criterion may speak of </think>
+        text = text.rsplit("</think>", 1)[-1]
+    found = re.search(r'(\[\s*)?(\{\s*")', text)  # \boxed{5} and {1, 2} open no object
+    require(bool(found) and not found[1], "parse", "the reply holds no JSON object")
     try:
-        # The first brace decides. Trying later ones would take an inner item of a cut object for the whole.
-        return json.JSONDecoder().raw_decode(text, start)[0]
+        # The first one decides. Trying later ones would take an inner item of a cut object for the whole.
+        return json.JSONDecoder().raw_decode(text, found.start(2))[0]
     except (ValueError, RecursionError):
         raise JudgeError("parse", "the JSON object is broken or cut") from None
 
@@ -145,7 +146,8 @@ def parse_rubric(text: str | None) -> Rubric:
         identifiers.append(item["criterion_id"].strip().lower())
         criteria.append(" ".join(item["criterion"].split()))
         points.append(item["points"])
-        require(criteria[-1].isprintable(), "schema", "a criterion holds control characters")
+        control = re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", criteria[-1])
+        require(not control, "schema", "a criterion holds control characters")
         require(bool(re.fullmatch(r"c[0-9]+", identifiers[-1])), "schema", "a criterion_id is c and a number")
     require(len(set(identifiers)) == len(identifiers), "validation", "two criteria have one criterion_id")
     require(4 <= len(criteria) <= 12, "validation", "a rubric has 4 to 12 criteria")
@@ -283,8 +285,8 @@ class GroupScore:
 def ask(chat: Callable, conversations: list, parsers: list, retries: int, temperature: float):
     """Asks all conversations (None is not asked). -> (parsed value or JudgeError for each, number of calls).
 
-    A retry names what was wrong, since a greedy judge would only repeat itself. Where no reply came at all,
-    the backend has retried already, and nested retries would multiply.
+    A retry names what was wrong, since a greedy judge would only repeat itself. Where no complete reply came
+    it is not asked again: a server's errors have been retried already, and a cut reply would be cut again.
     """
     results: list = [JudgeError("no_answer", "not asked")] * len(conversations)
     todo, calls = [i for i, c in enumerate(conversations) if c], 0
@@ -573,17 +575,27 @@ def question_text(task: Task) -> str:
     return "\n\n".join(m["content"] for m in task.messages)
 
 
+TEACHER_TEMPERATURE = 0.8
+
+
 class TeacherCache:
     """The teacher's answers on disk, one JSON line a question; the key is question, teacher and sampling."""
 
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings, self.entries = path, settings, {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.fewest = float("inf")  # answers that this teacher was asked for, of all its questions
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        except (OSError, UnicodeDecodeError) as error:
+            common.fail(f"cannot read {path} ({type(error).__name__}); give another --teacher_cache")
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                good = entry["schema"] == "ropd.teacher.v1" and all(type(a) is str for a in entry["answers"])
+                good = (entry["schema"] == "ropd.teacher.v1" and type(entry["answers"]) is list
+                        and all(type(a) is str for a in entry["answers"]))
                 self.entries[entry["key"]] = (int(entry["asked"]), entry["answers"])
+                if entry["teacher"] == settings:
+                    self.fewest = min(self.fewest, int(entry["asked"]))
             except (ValueError, KeyError, TypeError):
                 good = False
             if not good:
@@ -595,14 +607,16 @@ class TeacherCache:
     def get(self, question: str, m: int) -> list[str] | None:
         """The first m answers, or None if this teacher has never been asked."""
         asked, answers = self.entries.get(self.key(question), (None, []))
-        if asked is not None and asked < m:
-            common.fail(f"{self.path} holds {asked} answers a question, fewer than --teacher_answers {m}; "
-                        "lower that number, or give another --teacher_cache")
         return None if asked is None else answers[:m]
 
     def put(self, question: str, asked: int, answers: list[str]) -> None:
-        """Appends one whole line in one write, so that runs side by side cannot mix their lines."""
+        """Appends one whole line in one write, so that runs side by side cannot mix their lines.
+
+        A short set is remembered for this run only: perhaps a server was out, and the next run may ask again.
+        """
         self.entries[self.key(question)] = (asked, answers)
+        if len(answers) < asked:
+            return
         line = json.dumps({"schema": "ropd.teacher.v1", "key": self.key(question), "question": question,
                            "teacher": self.settings, "asked": asked, "answers": answers}) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -614,17 +628,25 @@ class TeacherCache:
 
 
 def open_cache(config) -> TeacherCache:
-    default = common.run_folder(config, "ropd").parent / f"ropd-teacher-m{config.teacher_answers}.jsonl"
-    return TeacherCache(Path(config.teacher_cache or default),
-                        {"backend": config.teacher, "model": config.teacher_model, "temperature": 0.8,
-                         "max_new_tokens": config.reply_tokens, "version": 1})
+    run = common.run_folder(config, "ropd")
+    default = run.parent / f"ropd-teacher-m{config.teacher_answers}.jsonl"
+    if run.resolve() in Path(config.teacher_cache or default).resolve().parents:
+        common.fail("--teacher_cache lies in the run's folder, which --overwrite deletes; put it elsewhere")
+    settings = {"backend": config.teacher, "model": config.teacher_model, "temperature": TEACHER_TEMPERATURE,
+                "max_new_tokens": config.reply_tokens, "version": 1}
+    store = TeacherCache(Path(config.teacher_cache or default), settings)
+    if store.fewest < config.teacher_answers:
+        common.fail(f"{store.path} holds {store.fewest} answers a question, fewer than --teacher_answers "
+                    f"{config.teacher_answers}; lower that number, or give another --teacher_cache")
+    return store
 
 
 def teacher_answers(teacher: Callable, store: TeacherCache, tasks: list[Task], m: int) -> list[list[str]]:
     """m answers a task, from the cache or asked for now; fewer where the teacher gave no complete one."""
     # Eq. 1: y_j ~ teacher(. | x), j = 1..m
     new = [task for task in tasks if store.get(question_text(task), m) is None]
-    replies = teacher([task.messages for task in new for _ in range(m)], temperature=0.8) if new else []
+    prompts = [task.messages for task in new for _ in range(m)]
+    replies = teacher(prompts, temperature=TEACHER_TEMPERATURE) if new else []
     for i, task in enumerate(new):
         # A server may send half a surrogate pair, which no tokenizer takes; it becomes a question mark.
         texts = [r.encode(errors="replace").decode() for r in replies[i * m:(i + 1) * m] if r]
@@ -634,7 +656,7 @@ def teacher_answers(teacher: Callable, store: TeacherCache, tasks: list[Task], m
 
 def build_teacher_cache(config) -> None:
     """Asks for exactly the answers that a training run with these flags and this seed will look up."""
-    train_tasks, _ = common.load_tasks(config.data, config.eval_tasks, small_chain)
+    train_tasks, _ = common.load_tasks(config.data, config.eval_tasks, small_chain, config.prompts_per_step)
     teacher, _ = connect(dataclasses.replace(config, method="sft"), common.setup(config))
     store, rng = open_cache(config), random.Random(config.seed)
     for _ in tqdm(range(config.steps), desc="teacher answers, by training step"):
@@ -661,9 +683,10 @@ def sft_update(student, tok, optimizer, tasks, answers, config, step: int) -> fl
 def train(config: Config) -> dict:
     """Rollouts, one rubric and one verdict call a question, centred rewards, one clipped update."""
     device, n = common.setup(config), config.group_size
-    train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain)
-    teacher, judge = connect(config, device)
+    train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain,
+                                              config.prompts_per_step)
     run, store = common.Run(config, "ropd"), open_cache(config)
+    teacher, judge = connect(config, device)
     student, tok = load_student(config, device)
     common.header("ropd.py", config, student, device)
     optimizer, rng = common.make_optimizer(student, config), random.Random(config.seed)
@@ -775,7 +798,8 @@ def explain(config: Config) -> None:
     for text, r, a, c in zip(rollouts.texts, group.rewards, advantages.tolist(), correct.tolist()):
         print(f"  {r:.3f}    {a:+.3f}  {'right' if c else 'wrong'}  {text.strip()}")
     i = 0 if config.method == "per_student_rubric" else int(advantages.abs().argmax())
-    print("\nthe rollout with the largest advantage, its verdicts, and its tokens")
+    which = "first rollout" if config.method == "per_student_rubric" else "rollout with the largest advantage"
+    print(f"\nthe {which}, its verdicts, and its tokens")
     show_rollout(tasks[0], rollouts.texts[i], group, i, bool(correct[i]))
     print(f"\n{'token':<16}{'log-prob':>9}{'advantage':>11}   (one for all tokens)")
     for t in rollouts.mask[i].nonzero()[:, 0].tolist():
@@ -819,6 +843,8 @@ def compare(config: Config) -> None:
 
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
+    if min(config.teacher_answers, config.reply_tokens) < 1 or max(config.flip, config.cut) > 1:
+        common.fail("--teacher_answers and --reply_tokens are at least 1, --flip and --cut at most 1")
     if config.build_teacher_cache:
         build_teacher_cache(config)
     elif config.explain:

@@ -275,9 +275,9 @@ def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
 def train(config: Config) -> dict:
     """Rollouts with tool -> outcome advantage, teacher's scores of the same ids, step weights -> one loss."""
     device = common.setup(config)
-    run = common.Run(config, "sod")
     rule, grpo, distill = METHODS[config.method]
-    train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks)
+    train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, a_step=config.prompts_per_step)
+    run = common.Run(config, "sod")
     student, tok = load_student(config, device)
     teacher = load_teacher(config, tok, device)
     common.header("sod.py", config, student, device)

@@ -41,7 +41,7 @@ import random
 import re
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,7 @@ LEARNING_RATES = {"tiny": {"grpo": 4e-5, "sdpo": 4e-4, "srpo": 2e-4},  # 1 : 10 
 
 @dataclass
 class Config(common.Config):
+    tiny_tokens: ClassVar[int] = 64
     method: Literal["srpo", "grpo", "sdpo", "srpo_no_weight", "mix"] = option(
         "srpo", "srpo_no_weight: routing, all tokens alike; mix: 0.9 GRPO + 0.1 SDPO, no routing")
     distill: Literal["default", "wrong", "right", "all"] = option(
@@ -63,7 +64,6 @@ class Config(common.Config):
     ema: float = option(0.05, "share of the student entering the teacher each step; 0 = frozen, 1 = live")
     steps: int = option(120, "training steps")
     prompts_per_step: int = option(16, "problems a step")
-    max_new_tokens: int = option(64, "longest response in tokens")
     lr: float | None = option(None, "learning rate; not given = the method's own, see LEARNING_RATES")
     eval_every: int = option(20, "evaluate every so many steps; 0 = only before and after")
     gate_tasks: int = option(40, "held-out problems to check that the model can read a solution; 0 = none")
@@ -129,8 +129,7 @@ def entropy_weights(teacher_entropy, beta: float):
 
     n: the tokens of *all* distilled rollouts of the step; means over micro-batches would change the mixture.
     """
-    raw = torch.exp(-beta * teacher_entropy.detach())                               # (n,)
-    return raw / raw.mean()
+    return len(teacher_entropy) * torch.softmax(-beta * teacher_entropy.detach(), 0)   # (n,)
 
 
 @torch.no_grad()
@@ -151,9 +150,9 @@ def reprompt(messages: list[dict], solution: str) -> list[dict]:
 
 
 def solution_text(tok, rollouts, row: int) -> str:
-    """A rollout as demonstration, without special tokens (an end of turn looks finished) and thinking."""
+    """A rollout as demonstration, without thinking and without special tokens, real or spelt out."""
     text = tok.decode(rollouts.ids[row][rollouts.mask[row].bool()], skip_special_tokens=True)
-    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    return text.rsplit("</think>", 1)[-1].replace("<|", "< |").strip()
 
 
 def teacher_messages(tok, tasks, rollouts, demos, config) -> dict[int, list[dict]]:
@@ -372,8 +371,9 @@ def train(config: Config) -> dict:
     if config.minibatches != 1:
         common.fail("--minibatches must be 1: routing, weights and N belong to one update on the whole batch")
     device = common.setup(config)
+    train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain,
+                                              config.prompts_per_step)
     run = common.Run(config, "srpo")
-    train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain)
     student, tok = load_student(config, device)
     common.header("srpo.py", config, student, device)
     teacher = copy.deepcopy(student).requires_grad_(False)  # storage of its own, else it would be the student
@@ -470,7 +470,7 @@ def comparison(found: dict[str, list[dict]]) -> str:
 def explain(config) -> None:
     """One wrong rollout with a correct sibling: what the teacher says about each of its tokens."""
     device = common.setup(config)
-    tasks, _ = common.load_tasks(config.data, config.eval_tasks, small_chain)
+    tasks, _ = common.load_tasks(config.data, config.eval_tasks, small_chain, config.prompts_per_step)
     student, tok = load_student(config, device)
     tasks = random.Random(config.seed).sample(tasks, config.prompts_per_step)
     generator = torch.Generator(device).manual_seed(config.seed)

@@ -480,6 +480,14 @@ def test_bad_data_is_refused_in_one_sentence(tmp_path, refused, monkeypatch):
     assert "too few" in refused(common.load_tasks, write(tmp_path / "e.jsonl", ""), 1)
     broken = '[\n{"question": "q"},\n{"question"\n]'
     assert "line 4" in refused(common.load_tasks, write(tmp_path / "f.json", broken), 1)
+    for n, question in enumerate(([{"role": "user"}], ["hi"], [{"role": "user", "content": None}], {"a": 1},
+                                  [{"role": "assistant", "content": "x"}])):
+        row = json.dumps({"question": question, "answer": "1"})
+        assert "row 1: a question is" in refused(common.load_tasks, write(tmp_path / f"m{n}.jsonl", row), 1)
+    half = write(tmp_path / "half.jsonl", '{"question": "\\ud83d", "answer": "1"}\n' + good)
+    assert all(t.messages[0]["content"].encode() for t in common.load_tasks(half, 1)[0])
+    few = write(tmp_path / "few.jsonl", "".join(good.replace('"q"', f'"q{i}"') for i in range(20)))
+    assert "--prompts_per_step" in refused(common.load_tasks, few, 10, a_step=16)
     assert "not one of the files" in refused(common.load_tasks, write(tmp_path / "g.txt", "x"), 1)
     assert "cannot read" in refused(common.load_tasks, "no/such-dataset", 1)
     assert "cannot load the model" in refused(common.load_model, str(tmp_path / "no-model"), "cpu")
@@ -610,3 +618,8 @@ def test_grpo_learns(tmp_path):
                                           "--out", str(tmp_path / "run")])
     summary = common.train(config)
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.05
+
+
+def test_long_integers_are_compared_exactly():
+    assert not common.is_correct("\\boxed{9007199254740993}", "9007199254740992")
+    assert common.is_correct("\\boxed{+1,000}", "1000.0") and common.is_correct("\\boxed{007}", "7")

@@ -383,7 +383,15 @@ def test_teacher_cache(tmp_path, refused):
     again = ropd.TeacherCache(path, settings)
     assert ropd.teacher_answers(teacher, again, tasks_of("q", "p"), 4) == first[::-1] and teacher.asked == 8
     assert again.get("p", 2) == first[0][:2]
-    assert "fewer than --teacher_answers 5" in refused(again.get, "p", 5)
+    config = ropd.Config(teacher_cache=str(path), teacher_answers=5, out=str(tmp_path / "run"))
+    path.write_text(path.read_text().replace('"backend": "x"', '"backend": "y"'))  # another teacher's lines
+    assert ropd.open_cache(config).fewest == float("inf")
+    ropd.open_cache(config).put("r", 4, ["a"] * 4)
+    assert "fewer than --teacher_answers 5" in refused(ropd.open_cache, config)
+    config.teacher_cache = str(tmp_path / "run" / "t.jsonl")
+    assert "run's folder" in refused(ropd.open_cache, config)
+    path.unlink()
+    ropd.teacher_answers(teacher, ropd.TeacherCache(path, settings), tasks_of("p", "q"), 4)
     assert ropd.TeacherCache(path, {**settings, "temperature": 0.7}).get("p", 4) is None
     good = path.read_text()
     unasked = good.splitlines()[0].replace('"asked": 4', '"asked": null')
@@ -394,9 +402,11 @@ def test_teacher_cache(tmp_path, refused):
 
 def test_a_teacher_that_does_not_finish(tmp_path):
     teacher, path = Counting(None, "a\ud800", None, None), tmp_path / "t.jsonl"
-    assert ropd.teacher_answers(teacher, ropd.TeacherCache(path, {}), tasks_of("p", "q"), 2) == [["a?"], []]
-    assert ropd.teacher_answers(teacher, ropd.TeacherCache(path, {}), tasks_of("q"), 2) == [[]]
-    assert teacher.asked == 4
+    store = ropd.TeacherCache(path, {})
+    assert ropd.teacher_answers(teacher, store, tasks_of("p", "q"), 2) == [["a?"], []]
+    assert ropd.teacher_answers(teacher, store, tasks_of("q"), 2) == [[]] and teacher.asked == 4
+    # Another run asks again: perhaps only a server was out.
+    assert ropd.teacher_answers(teacher, ropd.TeacherCache(path, {}), tasks_of("q"), 2) == [["q: 0", "q: 1"]]
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -617,3 +627,27 @@ def test_local_model_that_writes_rubbish_as_judge(tiny, tmp_path):
     summary = ropd.train(quick(tmp_path / "r", judge=str(tmp_path / "judge"), reply_tokens=16,
                                prompts_per_step=2, group_size=2))
     assert summary["groups_left_out"] == 4 and summary["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("around", ["The answer is \\boxed{5}. Rubric: %s", "Solve for x in {1,2}. %s",
+                                    "Rubric [JSON]: %s", "{a} %s"])
+def test_prose_with_brackets_around_a_rubric(around):
+    assert len(ropd.parse_rubric(around % rubric_text(4)).criteria) == 4
+
+
+def test_criteria_may_hold_what_is_no_control_character():
+    reply = json.loads(rubric_text(4))
+    for text in ("It does not say </think> twice", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"):
+        reply["rubrics"][0]["criterion"] = text
+        assert ropd.parse_rubric(json.dumps(reply)).criteria[0] == text
+
+
+def test_odd_bodies_of_a_server_that_is_there():
+    for text, reason in (("half", "content_filter"), ("", "stop")):
+        with Server(lambda body, count: (200, text, reason)) as server:
+            assert common.chat_backend(server.url, "m", retries=0)(HELLO) == [None]
+
+
+@pytest.mark.parametrize("flags", [["--teacher_answers", "0"], ["--reply_tokens", "0"], ["--flip", "25"]])
+def test_numbers_out_of_range(flags, refused):
+    assert flags[0] in refused(ropd.main, flags)

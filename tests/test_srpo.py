@@ -417,3 +417,24 @@ def test_as_a_command():
     script = Path(srpo.__file__)
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--distill" in done.stdout
+
+
+def test_real_data_has_room_for_an_answer():
+    assert common.parse(srpo.Config, []).max_new_tokens == 64
+    assert common.parse(srpo.Config, ["--data", "physics/train.json"]).max_new_tokens == 1024
+
+
+def test_weights_do_not_underflow():
+    assert srpo.entropy_weights(torch.tensor([1., 1.]), 110).tolist() == [1, 1]
+    assert srpo.entropy_weights(torch.tensor([.6, .7]), 200).tolist() == pytest.approx([2, 0], abs=1e-6)
+
+
+def test_a_demonstration_holds_neither_thinking_nor_special_tokens():
+    class Spelt:  # a tokenizer in which special tokens can be spelt out in ordinary ones
+        def decode(self, ids, skip_special_tokens):
+            return "".join(map(chr, ids.tolist()))
+    for said, shown in (("long thoughts 9</think>It is 5.", "It is 5."), ("<think>x</think> 5", "5"),
+                        ("5<|im_end|>", "5< |im_end|>")):
+        ids = torch.tensor([[ord(c) for c in said]])
+        rollouts = type("Rows", (), {"ids": ids, "mask": torch.ones_like(ids)})
+        assert srpo.solution_text(Spelt(), rollouts, 0) == shown
