@@ -238,3 +238,24 @@ def test_the_default_command_does_not_read_the_test_bank(monkeypatch, capsys):
 def test_bootstrap_is_over_personas():
     mean, low, high = dcpm.bootstrap(np.array([0.0, 0, 0, 1]))
     assert mean == 0.25 and low == 0 and high >= 0.5
+
+
+@pytest.mark.parametrize("change", [
+    lambda talk: talk.update(session_1_date_time="1:56 pm on 31 February, 2023"),
+    lambda talk: talk["session_1"][0].update(text=["a", "list"]),
+    lambda talk: talk["session_1"][0].update(speaker=None),
+    lambda talk: talk["session_1"][0].update(dia_id=["D1:1"])])
+def test_rows_that_could_not_be_ingested_are_refused_at_once(tmp_path, capsys, change):
+    rows = json.loads(json.dumps(LOCOMO))
+    change(rows[0]["conversation"])
+    with pytest.raises(SystemExit) as stop:
+        dcpm.main(["--data", put(tmp_path / "l.json", rows)])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith("dcpm.py: ") and "\n" not in error
+
+
+@pytest.mark.parametrize("gold, reply, score", [("No", "Yes, you did.", 0), ("No", "No.", 1), ("2", "12 days", 0),
+                                                ("hot", "the hotel", 0), ("blue kites", "A blue kite, I think", 1)])
+def test_containment_is_of_whole_words(gold, reply, score):
+    question = dcpm.Question("?", "temporal-reasoning", set(), gold, "2024-01-01")
+    assert dcpm.score_answer(reply, question) == score
