@@ -2209,11 +2209,12 @@ def score_answer(reply, question):
     return float(wanted in said)
 
 
-def evaluate_corpus(args, backend):
+def evaluate_corpus(args):
     """Ingest every sample, print evidence recall by category; with a model also answer and score."""
     samples = [s for s in load_corpus(args.data, args.format, args.questions) if args.sample in ("", s.name)]
     if not samples:
         raise DcpmError(f"--sample {args.sample}: {args.data} has no such sample")
+    backend = LLM.load(args.model, args.model_name, args.max_new_tokens) if args.model else None
     found, scores, claims, left = defaultdict(list), defaultdict(list), Counter(), args.ask if backend else 0
     for sample in samples:
         keep = list(dict.fromkeys(session for _, session, *_ in sample.turns))[:args.sessions or None]
@@ -2370,10 +2371,13 @@ def main(argv=None):
         fail("--personas must be >= 2, --max_new_tokens >= 1; --budget, --sessions and --ask >= 0")
     if (args.backend == "llm") != bool(args.model) or (args.model and not args.data):
         fail("--backend llm goes with --model NAME and --data FILE")
+    if args.data and args.heldout:
+        fail("--heldout is about generated personas; leave out --data or --heldout")
+    if not args.data and (args.sample or args.sessions):
+        fail("--sample and --sessions go with --data FILE")
     try:
         if args.data:
-            llm = LLM.load(args.model, args.model_name, args.max_new_tokens) if args.model else None
-            evaluate_corpus(args, llm)
+            evaluate_corpus(args)
         else:
             if not args.heldout:
                 tell_story()

@@ -156,7 +156,8 @@ def test_bad_files_are_one_sentence_and_exit_code_2(tmp_path, capsys, name, cont
 
 @pytest.mark.parametrize("flags", [
     ["--pers", "3"], ["--personas", "x"], ["--personas", "1"], ["--backend", "llm"],
-    ["--model", "x"], ["--data", "no/such/file"], ["--format", "csv"], ["--budget", "-1"]])
+    ["--model", "x"], ["--data", "no/such/file"], ["--sample", "x"], ["--data", "x", "--heldout"],
+    ["--format", "csv"], ["--budget", "-1"]])
 def test_bad_flags(capsys, flags):
     with pytest.raises(SystemExit) as stop:
         dcpm.main(flags)
@@ -254,8 +255,9 @@ def test_rows_that_could_not_be_ingested_are_refused_at_once(tmp_path, capsys, c
     assert stop.value.code == 2 and error.startswith("dcpm.py: ") and "\n" not in error
 
 
-@pytest.mark.parametrize("gold, reply, score", [("No", "Yes, you did.", 0), ("No", "No.", 1), ("2", "12 days", 0),
-                                                ("hot", "the hotel", 0), ("blue kites", "A blue kite, I think", 1)])
+@pytest.mark.parametrize("gold, reply, score", [
+    ("No", "Yes, you did.", 0), ("No", "No.", 1), ("2", "12 days", 0), ("hot", "the hotel", 0),
+    ("blue kites", "A blue kite, I think", 1)])
 def test_containment_is_of_whole_words(gold, reply, score):
     question = dcpm.Question("?", "temporal-reasoning", set(), gold, "2024-01-01")
     assert dcpm.score_answer(reply, question) == score
