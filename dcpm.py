@@ -44,7 +44,6 @@ import random
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from array import array
 from collections import Counter, defaultdict, namedtuple
