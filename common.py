@@ -29,10 +29,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, NoReturn
@@ -1189,12 +1190,13 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
     def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
         answers: list[str | None] = [None] * len(conversations)
         room = model.config.max_position_embeddings - max_new_tokens  # a longer conversation gets no answer
-        fitting = [i for i, c in enumerate(conversations) if len(prompt_ids(tok, c)) <= room]
+        # No text may end its own turn: here, where the tokenizer is known, its control tokens are broken up.
+        safe = [[{**m, "content": defused(tok, m["content"])} for m in c] for c in conversations]
+        fitting = [i for i, c in enumerate(safe) if len(prompt_ids(tok, c)) <= room]
         for start in range(0, len(fitting), batch):
             part = fitting[start:start + batch]
-            tasks = [Task(conversations[i], "") for i in part]
-            out = rollout(model, tok, tasks, max_new_tokens=max_new_tokens, temperature=temperature,
-                          generator=generator)
+            out = rollout(model, tok, [Task(safe[i], "") for i in part], max_new_tokens=max_new_tokens,
+                          temperature=temperature, generator=generator)
             for i, text, done in zip(part, out.texts, out.finished.tolist()):
                 answers[i] = text.rsplit("</think>", 1)[-1].strip() if done else None
         return answers
@@ -1204,44 +1206,151 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
 def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float, json_object: bool,
              api_key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 4, workers: int = 8,
              sleep: Callable = time.sleep) -> Callable:
-    """`chat_backend` for a server, `workers` requests at once; 429, 5xx and lost connections are retried."""
-    from huggingface_hub import InferenceClient, constants
-    if constants.HF_HUB_OFFLINE:
-        fail(f"huggingface_hub talks to no server, not even {url}, while HF_HUB_OFFLINE is set; unset it")
+    """`chat_backend` for a server, `workers` requests at once; 408, 429, 5xx and lost connections retried.
+
+    A first request is made here: a wrong address, key, model or flag must show before any work is done.
+    """
+    from huggingface_hub import InferenceClient
     # The key is explicit: without one the client would send this machine's Hugging Face token to the URL.
     client = InferenceClient(base_url=url, api_key=os.environ.get(api_key_env) or "EMPTY", timeout=timeout)
-    extra = {"response_format": {"type": "json_object"}} if json_object else {}
-    reached = False  # has the server ever said anything?
+    fixed = {"model": model_name or "default"}
+    if json_object:
+        fixed["response_format"] = {"type": "json_object"}
 
-    def ask(messages, sampling):
-        nonlocal reached
+    def request(messages, sampling):
+        """-> (text or None, what was said instead of a reply, would every other request fail too?)."""
         for attempt in range(retries + 1):
             try:
-                answer = client.chat_completion(messages, model=model_name or "default", **sampling, **extra)
-                reached, choice = True, answer.choices[0]
+                reply = within(timeout, lambda: client.chat_completion(messages, **fixed, **sampling))
+                choice = reply.choices[0]
                 whole = choice.finish_reason not in ("length", "content_filter")
-                return choice.message.content or None if whole else None
-            except Exception as error:  # the error classes differ between versions, this attribute does not
-                code = getattr(getattr(error, "response", None), "status_code", None)
-                # Whatever is no error of the network comes from reading an answer: the server is there.
-                answered = code is not None or isinstance(error, (TypeError, LookupError, ValueError))
-                reached, reason = reached or answered, type(error).__name__
-                if code in (401, 403, 404):
-                    fail(f"{url} answered {code}; "
-                         f"check the address, the model name '{model_name}' and ${api_key_env}")
-                if code is not None and code != 429 and code < 500:
-                    return None  # this conversation was refused; asking again would not help
+                return message_text(choice.message) if whole else None, "", False
+            except Exception as error:  # the error classes differ between versions, these attributes do not
+                response = getattr(error, "response", None)
+                code = getattr(response, "status_code", None)
+                said = getattr(response, "text", "") or getattr(error, "doc", "") or str(error)
+                said = " ".join(f"{code or type(error).__name__} {said}".split())[:300]
+                # HTML, for example, or a URL that is none: what is not of these kinds is the network's.
+                unreadable = isinstance(error, (ValueError, TypeError, LookupError, AttributeError))
+                if code not in (408, 429) and (code < 500 if code else unreadable):
+                    return None, said, code in (401, 402, 403, 404)
+                wait = response.headers.get("retry-after", "") if code else ""
                 if attempt < retries:
-                    sleep(min(2.0 ** attempt, 30.0))
-        if not reached:  # else a wrong address would be waited for again in every call
-            fail(f"{url} gives no answer ({reason}); start the server, or check the address")
-        return None
+                    sleep(min(float(wait) if wait.isdigit() else 2.0 ** attempt, 60.0))
+        return None, said, False
 
-    def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
+    def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens, first=False):
         sampling = {"max_tokens": max_new_tokens, "temperature": temperature}
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(lambda messages: ask(messages, sampling), conversations))
+            replies = list(pool.map(lambda messages: request(messages, sampling), conversations))
+        for _, said, hopeless in replies:
+            if hopeless or first and said:  # said here and not in the threads, so once
+                fail(f"{url} gives no reply ({said}); check the server, the address, the model name "
+                     f"'{model_name}' and ${api_key_env}")
+        return [text for text, _, _ in replies]
+
+    chat([[{"role": "user", "content": "Reply with the JSON object {} and nothing else."}]], first=True)
     return chat
+
+
+def within(seconds: float, call: Callable):
+    """call(), or TimeoutError: a server that drips byte by byte never reaches the time-out of a read."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+    threading.Thread(target=run, daemon=True).start()  # a daemon, so that nobody waits for the last drop
+    return future.result(seconds)
+
+
+def message_text(message) -> str | None:
+    """A server's message -> its text. Some send a list of parts; whatever else is no text is no reply."""
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    return content if isinstance(content, str) and content else None
+
+
+def read_object(text: str) -> dict:
+    """The first JSON object of a reply, whatever thinking, prose or code fence is around it; else ValueError.
+
+    The first one decides: trying later ones would take an inner item of a cut object for the whole.
+    """
+    if not text.lstrip().startswith("{"):  # else a value may speak of </think>
+        text = text.rsplit("</think>", 1)[-1]
+    found = re.search(r'(\[\s*)?(\{\s*")', text)  # \boxed{5} and {1, 2} open no object
+    if not found or found[1]:
+        raise ValueError("the reply holds no JSON object")
+    try:
+        return json.JSONDecoder().raw_decode(text, found.start(2))[0]
+    except (ValueError, RecursionError):
+        raise ValueError("the JSON object is broken or cut") from None
+
+
+def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Counter | None = None) -> list:
+    """check(the reply's JSON object) for each conversation, None where no usable reply came.
+
+    check: one function, or one for each conversation; by ValueError, LookupError or TypeError it says that a
+    reply is unusable. The model is then asked again and told why, for a greedy one would only repeat itself;
+    but not where no complete reply came: a server's errors have been retried already, and a cut reply would
+    be cut again. tally: counts "calls" and the reasons.
+    """
+    checks = check if isinstance(check, list) else [check] * len(conversations)
+    results, talks, todo = [None] * len(checks), list(conversations), list(range(len(checks)))
+    tally = Counter() if tally is None else tally
+    for _ in range(tries):
+        asked, todo = todo, []
+        for i, reply in zip(asked, chat([talks[i] for i in asked]) if asked else []):
+            reason = "no complete reply"
+            if reply is not None:
+                try:
+                    results[i], reason = checks[i](read_object(reply)), ""
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+                    note = f"Your last reply could not be used: {reason}. Reply with one JSON object alone."
+                    talks[i] = [*conversations[i], {"role": "assistant", "content": reply[:2000]},
+                                {"role": "user", "content": note}]
+                    todo.append(i)
+            tally.update(["calls", reason] if reason else ["calls"])
+    return results
+
+
+def remembered(chat: Callable, path: Path, key) -> Callable:
+    """`chat` with a memory on disk: JSON lines, of which a later one replaces an earlier one.
+
+    key: what else the replies depend on, the model for example. A conversation that stands several times in
+    one call has several replies. None is not stored: perhaps only a server was out.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        memory, known = open(path, "a+b", buffering=0), {}  # one write a line: runs side by side do not mix
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror}); give another file")
+    memory.seek(0)
+    for number, line in enumerate(memory.read().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            known[entry["address"]] = entry["reply"]
+        except (ValueError, LookupError, TypeError):
+            fail(f"{path}, line {number}: not a line of such a memory; repair or remove it")
+
+    def chat_or_remember(conversations, **sampling):
+        addresses, times = [], Counter()
+        for conversation in conversations:
+            text = json.dumps([key, sampling, conversation], sort_keys=True)
+            addresses.append(hashlib.sha256(f"{text} {times[text]}".encode()).hexdigest()[:32])
+            times[text] += 1
+        new = [i for i, address in enumerate(addresses) if address not in known]
+        for i, reply in zip(new, chat([conversations[i] for i in new], **sampling) if new else []):
+            if reply is not None:
+                known[addresses[i]] = reply
+                entry = {"address": addresses[i], "said": conversations[i][-1]["content"], "reply": reply}
+                memory.write((json.dumps(entry) + "\n").encode())
+        return [known.get(address) for address in addresses]
+    return chat_or_remember
 
 
 # -------------------------------------------------------------------------------- the GRPO baseline

@@ -553,14 +553,6 @@ def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
     assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
 
 
-def test_local_chat_backend(tok, model, tmp_path):
-    model.save_pretrained(tmp_path)
-    tok.save_pretrained(tmp_path)
-    chat = common.chat_backend(str(tmp_path), max_new_tokens=2)
-    long = [{"role": "user", "content": "x" * 3000}]  # longer than the model's context: no answer, no crash
-    assert chat([ask("a").messages, long]) == [None, None]  # two tokens are no complete answer
-
-
 def lines_without_times(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
