@@ -60,6 +60,22 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def command(main: Callable) -> Callable:
+    """Decorates a script's `main`: what can go wrong at any time ends in one sentence as well."""
+    @functools.wraps(main)
+    def guarded(argv=None):
+        try:
+            return main(argv)
+        except torch.OutOfMemoryError:
+            fail("the GPU has too little memory; lower --micro_batch (it changes no gradient; 0 = all at once), "
+                 "--max_new_tokens or --group_size")
+        except OSError as error:  # a folder that cannot be written, a full disk
+            fail(" ".join(str(error).split()))
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+    return guarded
+
+
 def option(default, help: str):
     """A Config field with its help sentence."""
     return field(default=default, metadata={"help": help})
@@ -115,6 +131,10 @@ def parse(config_class, argv=None):
     if config.prompts_per_step % config.minibatches:
         fail(f"--minibatches {config.minibatches} must divide --prompts_per_step {config.prompts_per_step}")
     return config
+
+
+# For long work without lines of its own; silent in a log file.
+progress = functools.partial(tqdm, mininterval=1, leave=False, disable=None)
 
 
 def setup(config) -> torch.device:
@@ -186,9 +206,11 @@ def tiny_model(tok, seed: int, hidden_size: int = 64, layers: int = 2) -> Qwen3F
             eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
 
 
-def save_atomically(obj, path: Path) -> None:
+@contextlib.contextmanager
+def replacing(path: Path):
+    """`with replacing(path) as file:` write `file`; then it takes the place of `path`, whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save(obj, temporary)
+    yield temporary
     os.replace(temporary, path)
 
 
@@ -208,7 +230,8 @@ def cached(model, key, build: Callable, fresh: bool = False):
             print(f"warning: cached model {path.name} is damaged ({type(error).__name__}); fitting it again")
     build()
     root.mkdir(parents=True, exist_ok=True)
-    save_atomically(model.state_dict(), path)
+    with replacing(path) as file:
+        torch.save(model.state_dict(), file)
     return model.eval()
 
 
@@ -223,7 +246,7 @@ def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, (steps - s) / steps))
         model.train()
-        for _ in tqdm(range(steps), desc=f"fitting {name}", mininterval=1, leave=False):
+        for _ in progress(range(steps), desc=f"fitting {name}"):
             batches = batches or length_buckets(docs, batch, rng)
             rows = batches.pop()
             ids, mask = (padded([docs[i][j] for i in rows], 0) for j in (0, 1))     # (B, T) each
@@ -599,6 +622,15 @@ def tool_message_ids(tok, text: str, thinking: bool = False) -> list[int]:
     return before + encode(tok, text, split_special_tokens="<|" in text) + after
 
 
+def defused(tok, text: str) -> str:
+    """Text of a model's or a server's making, for use inside a prompt: every special token of this tokenizer
+    is broken up, `<|im_end|>` becomes `< |im_end|>`, so that it can neither end nor begin a turn."""
+    special = {*tok.all_special_tokens, *(t.content for t in tok.added_tokens_decoder.values() if t.special)}
+    for token in sorted(special, key=len, reverse=True):
+        text = text.replace(token, f"{token[:1]} {token[1:]}")
+    return text
+
+
 # ----------------------------------------------------------------------------------------- rollouts
 @dataclass
 class Rollouts:
@@ -933,60 +965,58 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
 
 
 # --------------------------------------------------------------------------------------- evaluation
-def evaluate(model, tok, tasks, *, samples: int = 1, greedy: bool = False, **sampling) -> dict:
-    """avg@k (`accuracy`), its standard error over problems (`se`), pass@k, maj@k, length, share finished.
+def evaluate(model, tok, tasks, **sampling) -> dict:
+    """Accuracy at T = 1 and greedy, each with its standard error over problems; length, share finished.
 
     sampling: keyword arguments of `rollout`. The seed is fixed: all methods see the same problems and dice.
-    greedy=True adds `greedy_accuracy` and `greedy_se`.
     """
-    generator = torch.Generator(model.device).manual_seed(1234)
-    right, votes, length, finished, majority = [], [], 0, 0, 0
     c = model.config  # rows at once: as many as keep the KV cache below 8 GB
     cache_bytes = 8 * c.num_hidden_layers * c.num_key_value_heads * getattr(c, "head_dim", 128) * (
-        sampling.get("max_new_tokens", 256) + 512)
-    size = max(1, min(512, 2**33 // cache_bytes) // samples)
-    for i in range(0, len(tasks), size):
-        out = rollout(model, tok, tasks[i:i + size], samples, generator=generator, **sampling)
-        right.append(rewards(out, tasks[i:i + size]).view(-1, samples).cpu())       # (tasks, samples)
-        votes += [final_answer(text) for text in out.texts]
-        length += int(out.mask.sum())
-        finished += int(out.finished.sum())
-    right = torch.cat(right)                                                        # (tasks, samples)
-    for i, task in enumerate(tasks):
-        counts = Counter(normalise(v) for v in votes[i * samples:(i + 1) * samples] if v is not None)
-        majority += bool(counts) and counts.most_common(1)[0][0] == normalise(task.answer)
-    spread = float(right.mean(1).std()) if len(tasks) > 1 else 0.0
-    result = {"accuracy": float(right.mean()), "se": spread / math.sqrt(len(tasks)),
-              f"pass@{samples}": float(right.amax(1).mean()), f"maj@{samples}": majority / len(tasks),
-              "length": length / right.numel(), "finished": finished / right.numel()}
-    if greedy:
-        best = evaluate(model, tok, tasks, **{**sampling, "temperature": 0.0})
-        result |= {"greedy_accuracy": best["accuracy"], "greedy_se": best["se"]}
+        sampling["max_new_tokens"] + 512)
+    size, result = max(1, min(512, 2**33 // cache_bytes)), {}
+    for prefix, temperature in (("", 1.0), ("greedy_", 0.0)):
+        generator = torch.Generator(model.device).manual_seed(1234)
+        right, length, finished = [], 0, 0
+        for i in range(0, len(tasks), size):
+            out = rollout(model, tok, tasks[i:i + size], generator=generator, temperature=temperature,
+                          **sampling)
+            right += rewards(out, tasks[i:i + size]).tolist()
+            length, finished = length + int(out.mask.sum()), finished + int(out.finished.sum())
+        right = torch.tensor(right)                                                 # (tasks,)
+        spread = float(right.std()) if len(tasks) > 1 else 0.0
+        result |= {prefix + "accuracy": float(right.mean()), prefix + "se": spread / math.sqrt(len(tasks))}
+        if temperature:
+            result |= {"length": length / len(tasks), "finished": finished / len(tasks)}
     return result
 
 
 # ------------------------------------------------------------------------------------- runs on disk
-def write_atomically(text: str, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def run_folder(config, script: str) -> Path:
     return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
+
+
+# Flags that may change between a run and its --resume. All others are part of what the run is.
+FREE_FLAGS = {"steps", "out", "resume", "overwrite", "threads", "save_every", "show_every", "plot", "fresh",
+              "compare", "methods", "seeds"}
+
+
+def changed_flags(recorded: dict, config) -> list[str]:
+    """Names of the flags of an earlier run that `config` has otherwise."""
+    return [k for k, v in recorded.items() if k not in FREE_FLAGS and v != getattr(config, k, v)]
 
 
 class Run:
     """A run's folder (metrics.jsonl, summary.json, state.pt, model/), its console lines, its checkpoint."""
 
     def __init__(self, config, script: str):
-        self.config, self.warned, self.parts, self.began = config, set(), {}, time.time()
+        self.config, self.began, self.interrupted = config, time.time(), False
+        self.warned, self.latest = set(), (None, {})  # warnings given, last evaluation and its step
         self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
         self.folder = run_folder(config, script)
         self.metrics = self.folder / "metrics.jsonl"
         if config.resume:
             self.state = self._load_state()
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and any(self.folder.iterdir()):
             if not config.overwrite:
                 resume = "--resume to go on, " if (self.folder / "state.pt").exists() else ""
                 fail(f"{self.folder} exists; add {resume}--overwrite to replace it, or another --out")
@@ -1001,11 +1031,9 @@ class Run:
             state = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # see `cached`
             fail(f"the checkpoint {path} is damaged ({type(error).__name__}); start again with --overwrite")
-        free = {"steps", "resume", "overwrite", "out", "threads", "save_every", "show_every", "plot", "fresh"}
-        changed = [k for k, v in state["config"].items() if k not in free and v != getattr(self.config, k, v)]
-        if changed:
-            flags = ", ".join("--" + k for k in changed)
-            fail(f"--resume needs the flags of the first start; changed: {flags}")
+        if changed := changed_flags(state["config"], self.config):
+            fail(f"{self.folder} was begun with other flags: {', '.join('--' + k for k in changed)}; "
+                 "go on with the same, or start again with --overwrite")
         self.notes = state["notes"]
         self.began -= self.notes["seconds"]  # the time before the stop counts too
         # What came after the checkpoint is done again; a kill may have left half a line, which has no "}".
@@ -1013,48 +1041,66 @@ class Run:
         self.kept = [line for line in lines if json.loads(line).get("step", 0) <= self.notes["step"]]
         return state
 
-    def track(self, **parts) -> int:
-        """Names all that a checkpoint must hold (models, optimiser, dice), restores it on --resume, and
-        returns the first step to do. Only now, with data and models loaded, is anything written: a start that
-        fails on bad input leaves an earlier run as it was."""
-        self.parts = parts
+    def track(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
+        """Says what a checkpoint must hold, restores it on --resume, and returns the first step to do.
+
+        modules: the student, the optimiser, whatever else has a state_dict; generator and dice: all that is
+        random. Only now, with data and models loaded, is anything written: a start that fails on bad input
+        leaves an earlier run as it was.
+        """
+        self.modules, self.generator, self.dice = modules, generator, dice
         if self.config.resume:
-            for name, part in parts.items():
-                setter = next(s for s in ("load_state_dict", "set_state", "setstate") if hasattr(part, s))
-                getattr(part, setter)(self.state[name])
-            write_atomically("".join(line + "\n" for line in self.kept), self.metrics)
+            for module, state in zip(modules, self.state["modules"], strict=True):
+                module.load_state_dict(state)
+            generator.set_state(self.state["generator"])
+            for rng, state in zip(dice, self.state["dice"], strict=True):
+                rng.setstate(state)
+            with replacing(self.metrics) as file:
+                file.write_text("".join(line + "\n" for line in self.kept))
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             self.metrics.touch()
+        signal.signal(signal.SIGINT, self.interrupt)
         return self.notes["step"]
 
-    def save(self, step: int) -> None:
-        """Checkpoint at the end of a step, if one is due: written beside the old one, then renamed."""
-        self.notes["step"] = step
-        if self.config.save_every and (step % self.config.save_every == 0 or step == self.config.steps):
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: the step is finished and saved first; a second Ctrl-C stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def end_step(self, step: int, measure: Callable[[], dict]) -> None:
+        """Evaluation and checkpoint, where they are due. The checkpoint replaces the last one."""
+        config, self.notes["step"] = self.config, step
+        if config.eval_every and step % config.eval_every == 0:
+            self.evaluated(step, measure())
+        due = config.save_every and (step % config.save_every == 0 or step == config.steps)
+        if due or self.interrupted:
             self.notes["seconds"] = time.time() - self.began
-            state = {"notes": self.notes, "config": dataclasses.asdict(self.config)}
-            for name, part in self.parts.items():
-                getter = next(g for g in ("state_dict", "get_state", "getstate") if hasattr(part, g))
-                state[name] = getattr(part, getter)()
-            save_atomically(state, self.folder / "state.pt")
+            with replacing(self.folder / "state.pt") as file:
+                torch.save({"notes": self.notes, "config": dataclasses.asdict(config),
+                            "modules": [module.state_dict() for module in self.modules],
+                            "generator": self.generator.get_state(),
+                            "dice": [rng.getstate() for rng in self.dice]}, file)
+        if self.interrupted:
+            print(f"stopped after step {step}; --resume goes on from there", flush=True)
+            raise SystemExit(130)
 
     def log(self, record: dict) -> None:
         with open(self.metrics, "a") as f:
             f.write(json.dumps(record) + "\n")
 
-    def step(self, step: int, seconds: float, shown: dict, **more) -> None:
+    def step(self, step: int, started: float, shown: dict, **more) -> None:
         """One line on the console (`shown`), one object in metrics.jsonl (`shown` and `more`)."""
+        seconds, steps = time.time() - started, self.config.steps
         self.notes["step_seconds"] += seconds
         values = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
-        steps = self.config.steps
         print(f"step {step:>{len(str(steps))}}/{steps}  {values}  {seconds:.2f}s", flush=True)
         self.log({"step": step, **shown, **more, "seconds": seconds})
 
     def evaluated(self, when, result: dict) -> None:
         """when: 'before', 'after' or the number of a step."""
-        accuracy = result["accuracy"]
+        accuracy, self.latest = result["accuracy"], (when, result)
         if when == "before":
             self.notes |= {"before": result, "best": accuracy}
         self.notes["best"] = max(self.notes["best"], accuracy)
@@ -1069,38 +1115,51 @@ class Run:
             self.warned.add(text)
             print(f"warning: {text}", flush=True)
 
-    def watch(self, rollouts: Rollouts, flat: int, groups: int, norm: float) -> None:
-        """The usual reasons why nothing is learnt, each with a remedy."""
-        if flat == groups and self.config.group_size > 1:
+    def watch(self, rollouts: Rollouts, reward, norm: float) -> dict:
+        """The figures that every step shows of its rollouts; warns of the usual reasons why nothing is learnt.
+
+        reward: (B,), or those of fewer whole groups. cut: share of rollouts that ran out of tokens or turns.
+        """
+        groups, tokens = reward.view(-1, self.config.group_size), rollouts.mask.sum()   # (groups, group_size)
+        flat = int((groups.amax(1) == groups.amin(1)).sum())
+        entropy, cut = float(rollouts.entropy.sum() / tokens), float((~rollouts.finished).float().mean())
+        if flat == len(groups) > 0 and self.config.group_size > 1:
             self.warn("in every group all rewards are equal, so the outcome gives no signal in this step; "
                       "take easier or harder problems, or a larger --group_size")
-        if (~rollouts.finished).float().mean() > 0.5:
+        if cut > 0.5:
             self.warn("more than half of the rollouts did not finish and score 0; "
                       "raise --max_new_tokens or --max_turns")
-        if rollouts.entropy.sum() / rollouts.mask.sum() < 0.01:
+        if entropy < 0.01:
             self.warn("the policy's entropy is below 0.01: it writes the same text again and again; "
                       "lower --lr")
         if not math.isfinite(norm):
             self.notes["skipped_steps"] += 1
             self.warn("the gradient is not finite; such steps are skipped and counted; lower --lr")
+        return {"entropy": entropy, "grad": norm, "length": float(tokens / len(rollouts.mask)), "cut": cut,
+                "flat groups": f"{flat}/{len(groups)}"}
 
-    def finish(self, model, tok, after: dict, **more) -> dict:
-        """Writes model/ and summary.json; returns the summary."""
+    def finish(self, model, tok, measure: Callable[[], dict], **more) -> dict:
+        """Last evaluation (unless the last step had one), model/, summary.json; returns the summary."""
+        when, result = self.latest
+        after = result if when == self.notes["step"] > 0 else measure()
         self.evaluated("after", after)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.notes["seconds"] = time.time() - self.began
         notes, before, config = self.notes, self.notes["before"], self.config
         summary = {
             "method": config.method, "seed": config.seed, "accuracy_before": before["accuracy"],
             "accuracy_after": after["accuracy"], "accuracy_best": notes["best"], "se": after["se"],
             "greedy_before": before["greedy_accuracy"], "greedy_after": after["greedy_accuracy"],
-            "greedy_se": after["greedy_se"], "skipped_steps": notes["skipped_steps"],
+            "greedy_se": after["greedy_se"], "length_before": before["length"],
+            "length_after": after["length"], "skipped_steps": notes["skipped_steps"],
             "seconds": notes["seconds"], "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]),
             **more, "config": dataclasses.asdict(config),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "transformers": transformers.__version__}}
         model.save_pretrained(self.folder / "model")
         tok.save_pretrained(self.folder / "model")
-        write_atomically(json.dumps(summary, indent=1), self.folder / "summary.json")
+        with replacing(self.folder / "summary.json") as file:
+            file.write_text(json.dumps(summary, indent=1))
         print(f"wrote {self.folder}/  total {summary['seconds']:.0f} s", flush=True)
         return summary
 
@@ -1122,9 +1181,43 @@ def table(rows: list[list], head: list[str]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def mean_spread(values) -> str:
-    """mean ± sample standard deviation over seeds."""
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+def compared(train: Callable, config, variants: dict[str, dict], script: str) -> dict[str, list[dict]]:
+    """Trains every variant (name -> the flags in which it differs) on --seeds seeds: name -> summaries.
+
+    A table of hours may be stopped at any time: the next start takes the cells that are finished, and a cell
+    in the middle goes on from its checkpoint. --overwrite starts anew.
+    """
+    found = {name: [] for name in variants}
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name, flags in variants.items():
+            folder = Path(config.out or f"runs/{script}-compare") / f"{re.sub('[^a-z0-9_]+', '-', name)}-s{seed}"
+            state, summary = folder / "state.pt", folder / "summary.json"
+            cell = dataclasses.replace(config, **{
+                "seed": seed, "out": str(folder), "plot": [], "show_every": 0, "fresh": False, **flags})
+            if config.fresh and not any(found.values()):
+                cell.fresh = True  # the tiny models are fitted again once, not for every cell
+            print(f"\n{name}, seed {seed}", flush=True)
+            if summary.exists() and not config.overwrite:
+                done = json.loads(summary.read_text())
+                if done["config"]["steps"] == cell.steps and not changed_flags(done["config"], cell):
+                    print(f"taken from {folder}, finished earlier; --overwrite would train it again")
+                    found[name].append(done)
+                    continue
+            cell.resume = state.exists() and not config.overwrite
+            cell.overwrite = config.overwrite or not (state.exists() or summary.exists())
+            found[name].append(train(cell))
+    return found
+
+
+def seed_table(found: dict[str, list[dict]], columns: dict[str, str]) -> str:
+    """name -> summaries, one a seed; columns: key of the summary -> heading. Cells: mean ± sample standard
+    deviation over the seeds that have a number, - where none has."""
+    def cell(runs, key):
+        values = [run[key] for run in runs if run.get(key) is not None]
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{spread}" if values else "-"
+    rows = [[name, *(cell(runs, key) for key in columns)] for name, runs in found.items()]
+    return table(rows, ["method", *columns.values()])
 
 
 def draw(png: str, panels: list[tuple[str, list]]) -> None:
@@ -1396,9 +1489,13 @@ def train(config: Config) -> dict:
     optimizer, rng = make_optimizer(student, config), random.Random(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
     sampling = dict(max_new_tokens=config.max_new_tokens, thinking=config.thinking)
-    first = run.track(model=student, optimizer=optimizer, dice=generator, prompts=rng)
+
+    def measure():
+        return evaluate(student, tok, held_out, **sampling)
+
+    first = run.track([student, optimizer], generator, rng)
     if not config.resume:
-        run.evaluated("before", evaluate(student, tok, held_out, greedy=True, **sampling))
+        run.evaluated("before", measure())
     for step in range(first, config.steps):
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
@@ -1409,20 +1506,14 @@ def train(config: Config) -> dict:
         advantages = group_advantages(reward, config.group_size)                    # (B,)
         norm = update(student, optimizer, rollouts, advantages[:, None], config, step)
 
-        flat = sum(len(set(group)) == 1 for group in reward.view(-1, config.group_size).tolist())
-        run.watch(rollouts, flat, config.prompts_per_step, norm)
-        tokens = rollouts.mask.sum()
-        run.step(step + 1, time.time() - started, {
-            "solved": float(reward.mean()), "entropy": float(rollouts.entropy.sum() / tokens), "grad": norm,
-            "length": float(tokens / len(reward)), "flat groups": f"{flat}/{config.prompts_per_step}"})
+        run.step(step + 1, started, {"solved": float(reward.mean()), **run.watch(rollouts, reward, norm)})
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {transcript(tok, rollouts, 0)}")
-        if config.eval_every and (step + 1) % config.eval_every == 0:
-            run.evaluated(step + 1, evaluate(student, tok, held_out, greedy=True, **sampling))
-        run.save(step + 1)
-    return run.finish(student, tok, evaluate(student, tok, held_out, greedy=True, **sampling))
+        run.end_step(step + 1, measure)
+    return run.finish(student, tok, measure)
 
 
+@command
 def main(argv=None) -> None:
     train_and_plot(parse(Config, argv), train, "common")
 

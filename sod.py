@@ -263,7 +263,7 @@ def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     tool = flaky(common.TOOLS["calculator"], timeout_rate, rng)
     optimizer = common.make_optimizer(model, config)
-    for step in common.tqdm(range(steps), desc="GRPO for the teacher", mininterval=1, leave=False):
+    for step in common.progress(range(steps), desc="GRPO for the teacher"):
         tasks = [common.chain_task(rng) for _ in range(config.prompts_per_step)]
         rollouts = common.rollout(model, tok, tasks, config.group_size, tool=tool,
                                   max_new_tokens=config.tiny_tokens, generator=generator)
@@ -290,9 +290,9 @@ def train(config: Config) -> dict:
 
     def measure():  # the same problems, dice and time-outs for every method
         still = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(0))
-        return common.evaluate(student, tok, held_out, greedy=True, tool=still, **sampling)
+        return common.evaluate(student, tok, held_out, tool=still, **sampling)
 
-    first = run.track(model=student, optimizer=optimizer, dice=generator, prompts=rng, timeouts=tool_rng)
+    first = run.track([student, optimizer], generator, rng, tool_rng)
     if not config.resume:
         run.evaluated("before", measure())
     for step in range(first, 0 if config.method == "sft" else config.steps):
@@ -320,44 +320,30 @@ def train(config: Config) -> dict:
                  {"rollout_seconds": sampled - started, "score_seconds": scored - sampled})
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {common.transcript(tok, rollouts, 0)}")
-        if config.eval_every and (step + 1) % config.eval_every == 0:
-            run.evaluated(step + 1, measure())
-        run.save(step + 1)
-    return run.finish(student, tok, measure())
+        run.end_step(step + 1, measure)
+    return run.finish(student, tok, measure)
 
 
 def log_step(run, step, started, rollouts, reward, advantages, teacher_logps, weights, norm, seconds) -> None:
-    flat = sum(len(set(group)) == 1 for group in reward.view(-1, run.config.group_size).tolist())
-    groups, tokens = run.config.prompts_per_step, rollouts.mask.sum()
+    tokens = rollouts.mask.sum()
     failed = [status != "ok" for row in rollouts.tool_status for status in row if status != "none"]
-    run.watch(rollouts, flat, groups, norm)
-    run.step(step + 1, time.time() - started, {
+    run.step(step + 1, started, {
         "solved": float(reward.mean()), "|A|": float(advantages.abs().sum() / tokens),
         "kl(teacher)": float(((rollouts.logps - teacher_logps) * rollouts.mask).sum() / tokens),
-        "weight": float(weights.sum() / tokens), "entropy": float(rollouts.entropy.sum() / tokens),
-        "grad": norm, "turns": float(np.mean([len(s) for s in rollouts.steps])),
-        "failed calls": f"{100 * np.mean(failed or [0]):.0f}%",
-        "cut": f"{100 * float((~rollouts.finished).float().mean()):.0f}%", "flat groups": f"{flat}/{groups}",
-    }, length=float(tokens / len(reward)), **seconds)
+        "weight": float(weights.sum() / tokens), "turns": float(np.mean([len(s) for s in rollouts.steps])),
+        "failed calls": float(np.mean(failed or [0])), **run.watch(rollouts, reward, norm)}, **seconds)
 
 
 def compare(config: Config) -> None:
     """Every method from the same start, with the same prompts; mean and spread over seeds."""
-    root, results = Path(config.out or "runs/sod-compare"), {}
-    for seed in range(config.seeds):
-        for method in dict.fromkeys(config.methods):
-            one = dataclasses.replace(config, method=method, seed=seed, out=str(root / f"{method}-s{seed}"),
-                                      plot=[], fresh=config.fresh and not results, show_every=0)
-            results.setdefault(method, []).append(train(one))
-    keys = ("accuracy_after", "accuracy_best", "greedy_after", "seconds_per_step")
-    rows = [[method, *(common.mean_spread([r[key] for r in runs]) for key in keys)]
-            for method, runs in results.items()]
-    start = next(iter(results.values()))[0]
+    found = common.compared(train, config, {m: {"method": m} for m in config.methods}, "sod")
+    start = next(iter(found.values()))[0]
     knows = "knows" if config.teacher_knows_timeouts else "has never seen"
     print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; "
           f"time-outs {config.timeout_rate}, teacher {knows} them; mean ± standard deviation over "
           f"{config.seeds} seeds; standard error of one accuracy about {start['se']:.3f}")
-    print(common.table(rows, ["method", "T = 1", "best T = 1", "greedy", "seconds a step"]))
+    print(common.seed_table(found, {"accuracy_after": "T = 1", "accuracy_best": "best T = 1",
+                                    "greedy_after": "greedy", "seconds_per_step": "seconds a step"}))
 
 
 # ----------------------------------------------------------------------------------- looking inside
@@ -484,6 +470,7 @@ def explain(config: Config) -> None:
               if rollouts.mask[i, t] else f"{text:<34} given")
 
 
+@common.command
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
     if config.timeout_rate > 1:

@@ -359,13 +359,6 @@ def gates(student, tok, tasks, config) -> dict:
 
 
 # ------------------------------------------------------------------------------------ training
-def evaluate(student, tok, tasks, config) -> dict:
-    """At T = 1 and greedy, and as the paper does at T = 0.6 with top-p 0.95 (`cool_accuracy`)."""
-    cool = common.evaluate(student, tok, tasks, temperature=0.6, top_p=0.95, **sampling(config))
-    warm = common.evaluate(student, tok, tasks, greedy=True, **sampling(config))
-    return warm | {"cool_accuracy": cool["accuracy"]}
-
-
 def train(config: Config) -> dict:
     """One loop for all methods: sample, route, one backward pass, one update, then the teacher follows."""
     if config.minibatches != 1:
@@ -379,11 +372,15 @@ def train(config: Config) -> dict:
     teacher = copy.deepcopy(student).requires_grad_(False)  # storage of its own, else it would be the student
     optimizer, rng = common.make_optimizer(student, config), random.Random(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
-    first = run.track(model=student, teacher=teacher, optimizer=optimizer, dice=generator, prompts=rng)
+
+    def measure():
+        return common.evaluate(student, tok, held_out, **sampling(config))
+
+    first = run.track([student, teacher, optimizer], generator, rng)
     if config.gate_tasks and not config.resume:
         run.log({"gates": gates(student, tok, held_out[:config.gate_tasks], config)})
     if not config.resume:
-        run.evaluated("before", evaluate(student, tok, held_out, config))
+        run.evaluated("before", measure())
     for step in range(first, config.steps):
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
@@ -398,73 +395,44 @@ def train(config: Config) -> dict:
             if math.isfinite(norm):
                 ema_update(teacher, student, config.ema)
         group_mean = reward.view(-1, config.group_size).mean(1)                     # (groups,)
-        wrong, right = int((group_mean == 0).sum()), int((group_mean == 1).sum())
-        run.watch(rollouts, wrong + right, config.prompts_per_step, norm)
-        run.step(step + 1, time.time() - started,
-                 {"solved": float(reward.mean()), **log, "grad": norm,
-                  "length": float(rollouts.mask.sum(1).float().mean()),
-                  "all wrong/right": f"{wrong}/{right}"},
-                 reward=float(reward.mean()), finished=float(rollouts.finished.float().mean()),
-                 all_wrong=wrong, all_right=right, rollout_seconds=sampled - started,
-                 teacher_seconds=teacher_seconds,
-                 entropy=float(rollouts.entropy.sum() / rollouts.mask.sum()))
+        run.step(step + 1, started, {
+            "solved": float(reward.mean()), **log, "all wrong": int((group_mean == 0).sum()),
+            "all right": int((group_mean == 1).sum()), **run.watch(rollouts, reward, norm)},
+            rollout_seconds=sampled - started, teacher_seconds=teacher_seconds)
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {common.transcript(tok, rollouts, 0)}")
-        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
-            run.evaluated(step + 1, evaluate(student, tok, held_out, config))
-        run.save(step + 1)
-    after = evaluate(student, tok, held_out, config)
-    return run.finish(student, tok, after, **trends(run, after))
+        run.end_step(step + 1, measure)
+    return run.finish(student, tok, measure, **trends(run.metrics))
 
 
-def trends(run, after: dict) -> dict:
-    """For the summary: T = 0.6 and lengths before and after, and [first, last]: means of ten steps each."""
-    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    evals = [r for r in records if "eval" in r] + [after]
-    cool = [e["cool_accuracy"] for e in evals]
-    result = {"cool_before": cool[0], "cool_after": cool[-1], "cool_best": max(cool),
-              "length_before": evals[0]["length"], "length_after": after["length"]}
-    for key in ("teacher H", "routed", "teacher_seconds"):
+TRENDS = {"teacher H": "teacher_H", "routed": "routed", "teacher_seconds": "teacher_seconds"}
+
+
+def trends(metrics) -> dict:
+    """For the summary: means over the first and the last ten steps in which there was something to measure."""
+    records, result = [json.loads(line) for line in metrics.read_text().splitlines()], {}
+    for key, name in TRENDS.items():
         values = [r[key] for r in records if key in r]
-        result[key] = [sum(part) / len(part) for part in (values[:10], values[-10:])] if values else []
+        for when, ten in (("first", values[:10]), ("last", values[-10:])):
+            result[f"{name}_{when}"] = sum(ten) / len(ten) if ten else None
     return result
 
 
 # ------------------------------------------------------------------------------------ compare, explain
-EQUAL = "grpo, srpo's rate"
-ROWS = ["grpo", "sdpo", "srpo", "srpo_no_weight", "mix", EQUAL]
-
-
 def compare(config) -> None:
-    """Every method from the same start on the same problems; a table after each of the --seeds."""
-    found = {name: [] for name in ROWS}
-    for seed in range(config.seed, config.seed + config.seeds):
-        for name in ROWS:
-            first = seed == config.seed and name == ROWS[0]  # the base is fitted and examined once
-            method, rate_of = ("grpo", "srpo") if name == EQUAL else (name, name)
-            folder = f"{config.out or 'runs/srpo-compare'}/{re.sub('[^a-z]+', '-', name)}-s{seed}"
-            found[name].append(train(dataclasses.replace(
-                config, method=method, lr=learning_rate(dataclasses.replace(config, method=rate_of)),
-                seed=seed, out=folder, show_every=0, plot=[], fresh=config.fresh and first,
-                gate_tasks=config.gate_tasks if first else 0)))
-        print(comparison(found), flush=True)
+    """Every method from the same start on the same problems; mean and spread over --seeds seeds."""
+    variants = {m: {"method": m} for m in ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix")}
+    rate = learning_rate(dataclasses.replace(config, method="srpo"))
+    variants["grpo, srpo's rate"] = {"method": "grpo", "lr": rate}
+    found = common.compared(train, dataclasses.replace(config, gate_tasks=0), variants, "srpo")
     start = found["grpo"][0]
-    print(f"start: {start['accuracy_before']:.3f} at T 1, {start['cool_before']:.3f} at T 0.6, length "
-          f"{start['length_before']:.1f}; best: of all evaluations; a > b: mean of ten steps, first and last")
-
-
-def comparison(found: dict[str, list[dict]]) -> str:
-    """Method -> summaries, one a seed; as a table of means and standard deviations over seeds."""
-    rows = []
-    for name, runs in found.items():
-        accuracy = [common.mean_spread([s[k] for s in runs])
-                    for k in ("accuracy_after", "accuracy_best", "cool_after", "cool_best")]
-        trends = [" > ".join(f"{sum(x) / len(x):.2f}" for x in zip(*(s[k] for s in runs if s[k]))) or "-"
-                  for k in ("teacher H", "routed", "teacher_seconds")]
-        length, seconds = (sum(s[k] for s in runs) / len(runs) for k in ("length_after", "seconds_per_step"))
-        rows.append([name, *accuracy, f"{length:.1f}", *trends, f"{seconds:.2f}"])
-    return common.table(rows, ["method", "final, T 1", "best, T 1", "final, T 0.6", "best, T 0.6", "length",
-                               "teacher H", "routed", "teacher s", "s/step"])
+    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy, length "
+          f"{start['length_before']:.1f}; first, last: means of ten steps")
+    print(common.seed_table(found, {
+        "accuracy_after": "T = 1", "accuracy_best": "best T = 1", "greedy_after": "greedy",
+        "length_after": "length", "teacher_H_first": "teacher H, first", "teacher_H_last": "last",
+        "routed_first": "routed, first", "routed_last": "last", "teacher_seconds_first": "teacher s, first",
+        "teacher_seconds_last": "last", "seconds_per_step": "s/step"}))
 
 
 def explain(config) -> None:
@@ -504,6 +472,7 @@ def explain(config) -> None:
     print("\nhere the weights have mean 1 over this rollout; in training, over all distilled tokens")
 
 
+@common.command
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
     if config.ema > 1:
