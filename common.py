@@ -1,12 +1,9 @@
-"""What the four scripts share: tiny models, tasks, tools, rollouts, scoring, the GRPO baseline, runs on disk.
+"""What the scripts share: tiny models, tasks, tools, rollouts, scoring, the GRPO baseline, runs on disk.
 
     python common.py        trains the GRPO baseline on the chain task, without tools
 
-Where to start reading:
-1. `rollout`: one batched decoding loop. Ids are only ever appended, so the loss mask is exact.
-2. `token_logps`: the one place that scores tokens, for students, teachers and references alike.
-3. `group_advantages`, `policy_loss`, `update`: GRPO.
-4. `train`: the training loop, written out. The loops of the other files have the same shape.
+Where to start reading: `rollout`, one batched decoding loop; `token_logps`, the one place that scores tokens;
+`group_advantages`, `policy_loss` and `update`, which are GRPO; `train`, the loop, written out.
 
 Shapes: B rollouts (prompts x group_size), T columns (padded prompt, then response), N scored tokens, H hidden
 size, V vocabulary. `mask` (B, T) is 1 exactly on the tokens that the model sampled: only they carry loss.
@@ -32,16 +29,18 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn
+from typing import Callable, ClassVar, Literal, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -61,14 +60,13 @@ def fail(message: str) -> NoReturn:
 
 
 def command(main: Callable) -> Callable:
-    """Decorates a script's `main`: what can go wrong at any time ends in one sentence as well."""
+    """Decorates a script's `main`: what may happen at any time ends in one sentence, too."""
     @functools.wraps(main)
     def guarded(argv=None):
         try:
             return main(argv)
         except torch.OutOfMemoryError:
-            fail("the GPU has too little memory; lower --micro_batch (it changes no gradient; 0 = all at once), "
-                 "--max_new_tokens or --group_size")
+            fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens or --group_size")
         except OSError as error:  # a folder that cannot be written, a full disk
             fail(" ".join(str(error).split()))
         except KeyboardInterrupt:
@@ -126,27 +124,33 @@ def parse(config_class, argv=None):
     for name, value in vars(config).items():
         if type(value) in (int, float) and not least.get(name, 0) <= value < math.inf:
             fail(f"--{name} {value} is out of range; give {least.get(name, 0)} or more")
-    if config.resume and config.overwrite:
-        fail("--resume and --overwrite contradict each other; give one of them")
+    for flags in (("resume", "overwrite"), ("compare", "explain", "cascade", "build_teacher_cache", "plot")):
+        if len(given := [f"--{flag}" for flag in flags if getattr(config, flag, False)]) > 1:
+            fail(f"{' and '.join(given)} contradict each other; give one of them")
     if config.prompts_per_step % config.minibatches:
         fail(f"--minibatches {config.minibatches} must divide --prompts_per_step {config.prompts_per_step}")
     return config
 
 
-# For long work without lines of its own; silent in a log file.
+# For long work that prints no lines of its own; silent in a log file.
 progress = functools.partial(tqdm, mininterval=1, leave=False, disable=None)
 
 
 def setup(config) -> torch.device:
-    """Device and threads. Tiny models get one: more are slow on a busy machine, and one is repeatable."""
+    """Device and threads. Tiny models get one thread: more are slow on a busy machine, and one is repeatable."""
     if config.threads or config.model == "tiny":
         torch.set_num_threads(config.threads or 1)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
-        torch.empty(1, device=name)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         fail(f"device '{name}' is not usable on this machine; try --device cpu")
-    return torch.device(name)
+
+
+def mixed_precision(device) -> bool:
+    """Does this device compute in bf16? Whatever depends on the device asks here: autocast, the type of the
+    head and of frozen models, gradient checkpointing, `rescore`. On a CPU everything is fp32."""
+    return torch.device(device).type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -178,11 +182,8 @@ PROTOCOL = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"
 
 
 def build_tokenizer(atoms: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer without merges, plus `atoms`: phrases that are one token each.
-
-    Any text can be encoded (256 bytes); digits and operators stay single. A trained BPE would need hundreds
-    of merges to learn the toy's boilerplate.
-    """
+    """Byte-level tokenizer without merges (any text can be encoded, digits and operators stay single), plus
+    `atoms`: phrases that are one token each. A trained BPE would need hundreds of merges to learn them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -271,25 +272,35 @@ def length_buckets(docs, batch: int, rng) -> list[list[int]]:
     return batches
 
 
+@functools.cache
+def hub_reachable() -> bool:
+    """One request. Without a network, or behind a dead one, the hub's own client would try for a minute."""
+    try:
+        return bool(get_session().head(constants.ENDPOINT, timeout=5))
+    except Exception:  # each version of the hub's client has its own; all mean the same here
+        return False
+
+
 def load_model(name: str, device, trainable: bool = True):
     """Hugging Face id or folder -> (model, tokenizer).
 
-    On CUDA a trainable model keeps fp32 master weights (bf16 ones swallow updates of 1e-6), runs under bf16
-    autocast and uses gradient checkpointing in the update; a frozen model is stored in bf16.
+    A trainable model has fp32 master weights: bf16 ones swallow updates of 1e-6. A frozen one is stored in
+    bf16 on CUDA, and on a CPU in the type that it was saved in, which reads half as much memory a step.
     """
-    cuda = torch.device(device).type == "cuda"
-    dtype = torch.bfloat16 if cuda and not trainable else torch.float32
+    bf16 = mixed_precision(device)
+    dtype = torch.float32 if trainable else torch.bfloat16 if bf16 else "auto"
+    offline = Path(name).exists() or not hub_reachable()
     try:
-        tok = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tok = AutoTokenizer.from_pretrained(name, local_files_only=offline)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=offline)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fail(f"cannot load the model '{name}' ({reason}); give a Hugging Face id, a model folder or 'tiny'")
+        reason = "no network" if offline and not Path(name).exists() else str(error).strip().splitlines()[0]
+        fail(f"cannot load the model '{name}' ({reason}); give a model folder, 'tiny' where the script has it, "
+             "or, with a network, a Hugging Face id")
     if tok.chat_template is None:
         fail(f"the tokenizer of '{name}' has no chat template; take an instruction-tuned model")
-    if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token
-    if trainable and cuda:  # acts in train mode only, so not in rollouts
+    tok.pad_token = tok.pad_token or tok.eos_token
+    if trainable and bf16:  # acts in train mode only, so not in rollouts
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).requires_grad_(trainable).eval(), tok
 
@@ -302,9 +313,8 @@ def check_same_tokenizer(tok, teacher_tok) -> None:
 
 
 def autocast(model):
-    """bf16 autocast on CUDA, nothing on CPU."""
     device = model.device.type
-    return torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+    return torch.autocast(device, torch.bfloat16, enabled=mixed_precision(device))
 
 
 # -------------------------------------------------------------------------------- tasks and answers
@@ -345,7 +355,7 @@ def chain_values(text: str) -> list[int]:
 
 def load_tasks(source: str, eval_tasks: int, make_chain=chain_task,
                a_step: int = 1) -> tuple[list[Task], list[Task]]:
-    """'chain', a file or a hub id -> (training, held-out tasks): disjoint texts, the same for every seed.
+    """'chain', a file or a hub id -> (training, held-out tasks): disjoint, the same for every seed.
 
     a_step: how many training problems there must be at least.
     """
@@ -364,29 +374,37 @@ def load_tasks(source: str, eval_tasks: int, make_chain=chain_task,
 
 def read_rows(source: str) -> list[dict]:
     """JSON lines, one JSON list, csv, parquet or a hub id -> rows."""
-    path, kinds = Path(source), (".jsonl", ".json", ".csv", ".parquet")
-    if path.exists() != (path.suffix in kinds):
-        fail(f"there is no file {source}; check --data" if path.suffix in kinds
-             else f"{source} is not one of the files this reads ({', '.join(kinds)}); check --data")
-    if path.suffix not in (".jsonl", ".json"):
-        import datasets  # slow to import, so only where it is needed
-        try:
-            if path.exists():
-                return list(datasets.load_dataset(path.suffix[1:], data_files=source, split="train"))
-            configs = datasets.get_dataset_config_names(source)
-            config = "main" if "main" in configs else configs[0]
-            return list(datasets.load_dataset(source, config, split="train"))
-        except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
-            fail(f"cannot read the dataset '{source}' ({type(error).__name__}); "
-                 "check the name, the file or the network")
-    text = path.read_text(encoding="utf-8")  # read here, because `datasets` would not name a bad line
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json"):
+        return read_json(path)
+    import datasets  # slow to import, so only where it is needed
+    datasets.disable_progress_bars()
+    try:
+        if path.suffix in (".csv", ".parquet"):
+            return list(datasets.load_dataset(path.suffix[1:], data_files=source, split="train"))
+        if not hub_reachable():
+            raise ConnectionError
+        configs = datasets.get_dataset_config_names(source)
+        config = "main" if "main" in configs else configs[0]
+        return list(datasets.load_dataset(source, config, split="train"))
+    except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
+        fail(f"cannot read the dataset '{source}' ({type(error).__name__}); --data is 'chain', a jsonl, json, "
+             "csv or parquet file, or, with a network, a hub id")
+
+
+def read_json(path: Path) -> list[dict]:
+    """Not through `datasets`, which would not name a bad line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read {path} ({error}); --data wants a text file in UTF-8")
     rows, lines = [], [(1, text)] if text.lstrip().startswith("[") else enumerate(text.split("\n"), 1)
     for number, line in lines:
         try:
             found = json.loads(line) if line.strip() else []
         except json.JSONDecodeError as error:
             number += error.lineno - 1
-            fail(f"{source}, line {number}: not valid JSON ({error.msg}); repair or remove it")
+            fail(f"{path}, line {number}: not valid JSON ({error.msg}); repair or remove it")
         rows += found if isinstance(found, list) else [found]
     return rows
 
@@ -399,19 +417,16 @@ def row_to_task(row: dict, where: str) -> Task:
     if question is None or answer is None:
         fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt, "
              "and answer or solution; rename them")
-    messages = list(question) if isinstance(question, list) else [{"role": "user", "content": question}]
+    messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
     if columns.get("system"):
         messages = [{"role": "system", "content": columns["system"]}, *messages]
-    good = all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-               for m in messages)
-    if not good or not messages or messages[-1]["role"] != "user":
+    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages) or (
+            messages[-1].get("role") != "user"):
         fail(f"{where}: a question is a text, or a list of messages with role and content (texts), "
              "the last of them the user's; repair or remove it")
-    # Half a character (a lone surrogate), which no tokenizer takes, becomes a question mark.
-    messages = [{**m, "content": m["content"].encode(errors="replace").decode()} for m in messages]
     if not any("boxed" in m["content"] or "<answer>" in m["content"] for m in messages):
         text = messages[-1]["content"] + "\n\nPut the final answer in \\boxed{}."
-        messages[-1] = {**messages[-1], "content": text}
+        messages = [*messages[:-1], {"role": "user", "content": text}]
     return Task(messages, final_answer(str(answer)) or str(answer).strip())
 
 
@@ -419,13 +434,12 @@ def final_answer(text: str) -> str | None:
     """What a text commits to: the last \\boxed{}, else <answer>, else `#### x`, else the whole text if it is
     one number or one capital letter; else None."""
     text = text.rsplit("</think>", 1)[-1]
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth = 0
-        for i in range(start + 6, len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
+    if "\\boxed{" in text:
+        depth, inside = 1, text.rsplit("\\boxed{", 1)[1]
+        for i, character in enumerate(inside):
+            depth += (character == "{") - (character == "}")
             if depth == 0:
-                return text[start + 7:i].strip()
+                return inside[:i].strip()
         return None
     for pattern in (r"<answer>(.*?)</answer>", r"####\s*([^\n]+)", r"\A\s*([A-Z]|[-+$]?[\d.,]*\d%?)\.?\s*\Z"):
         if found := re.findall(pattern, text, re.DOTALL):
@@ -433,16 +447,13 @@ def final_answer(text: str) -> str | None:
     return None
 
 
-def normalise(answer: str) -> str:
+def normalise(answer: str):
     """Numbers lose commas, $, % and trailing zeros; words lose spaces and case; a single letter is exact."""
     plain = re.sub(r"[\s,$%]|\\[ ,!%$]", "", answer).rstrip(".")
-    if re.fullmatch(r"[-+]?[0-9]{1,4000}", plain):  # not through float, which would round a long one
-        return str(int(plain))
-    try:
-        value = float(plain)
-        return repr(int(value)) if value.is_integer() else repr(value)
-    except ValueError:
-        return plain if len(plain) == 1 else plain.casefold()
+    with contextlib.suppress(InvalidOperation):
+        if (number := Decimal(plain)).is_finite():  # not float, which would round a long integer
+            return number
+    return plain if len(plain) == 1 else plain.casefold()
 
 
 def is_correct(text: str, answer: str) -> bool:
@@ -470,22 +481,22 @@ class Tool:
 
 
 BAD_EXPRESSION = "error: not a valid expression"
-BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-          ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+             ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 
 def calculate(node) -> float:
     """Value of an arithmetic syntax tree: numbers, + - * / // % **, signs, parentheses; else ValueError."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        value = calculate(node.operand)
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
+    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](calculate(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = calculate(node.left), calculate(node.right)
         if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
             raise ValueError("9**9**9 would never end")
-        return BINARY[type(node.op)](left, right)
+        return OPERATORS[type(node.op)](left, right)
     raise ValueError("not arithmetic")
 
 
@@ -493,11 +504,9 @@ def run_calculator(arguments: dict) -> tuple[str, str]:
     """Arithmetic through ast; nothing is ever evaluated as code."""
     try:
         value = calculate(ast.parse(str(arguments["expression"])[:200].strip(), mode="eval").body)
-        if not math.isfinite(value):
-            raise ValueError("1e999 is no answer")
-        return cut_middle(str(int(value) if float(value).is_integer() else value)), "ok"
+        return cut_middle(str(int(value) if value == int(value) else value)), "ok"
     except (KeyError, ValueError, TypeError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
-        return BAD_EXPRESSION, "error"
+        return BAD_EXPRESSION, "error"  # int() refuses what is infinite, no number, or complex
 
 
 def cut_middle(text: str, limit: int = 256) -> str:
@@ -541,8 +550,8 @@ def run_python(arguments: dict, seconds: float = 10.0) -> tuple[str, str]:
             os.killpg(child.pid, signal.SIGKILL)  # also what the code may have left running
         child.wait()
         out.seek(0)
-        text = out.read().decode("utf-8", "replace").strip()
-    return ("error: timed out" if status == "timeout" else cut_middle(text) or "(no output)"), status
+        text = cut_middle(out.read().decode("utf-8", "replace").strip()) or "(no output)"
+    return "error: timed out" if status == "timeout" else text, status
 
 
 TOOLS = {
@@ -619,7 +628,7 @@ def tool_glue(tok, thinking: bool = False) -> tuple[list[int], list[int]]:
 def tool_message_ids(tok, text: str, thinking: bool = False) -> list[int]:
     """A tool's answer as ids. Control tokens in `text` are encoded as plain text: no tool can end a turn."""
     before, after = tool_glue(tok, thinking)
-    return before + encode(tok, text, split_special_tokens="<|" in text) + after
+    return before + encode(tok, text, split_special_tokens=True) + after
 
 
 def defused(tok, text: str) -> str:
