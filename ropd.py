@@ -29,15 +29,14 @@ Where the equations are: Eq. 1 `teacher_answers`, Eq. 2 `rubric_prompt`, `parse_
 | verifier sees | one answer (Alg. 1) or all (Eq. 3); all, shuffled | all, shuffled |
 | total of the points | from the booleans; what the verifier claims | from the booleans |
 | unreadable reply | unsaid; reward 0 for the group, its tokens stay in the denominator | group left out |
-| numbers in the JSON | unsaid; "3", 3.0 and true pass as integers | integers only |
+| the JSON | ids, categories, totals; "3", 3.0 and true pass as integers | what is used; integers only |
 | temperature of teacher, rubricator, verifier | 0, 0.7, 0; unset | 0.8 (at 0 the m answers are one), 0.7, 0 |
 | learning rate, questions x rollouts | 1e-6, 32 x 8 | 3e-4 (tiny) or 1e-6, 16 x 8 |
 
 The tiny world has the paper's premise: the student lacks one thing and the teacher has it. The student reads
 `a-b` as `b-a`, most of the time; a rubric that finds this out can put its points there.
 
-Left out: the baselines OVD, GAD, LOPD and ExOPD; the asynchronous judge queue; a cache of rubrics (they
-depend on the current rollouts, so only an identical step could use one).
+Left out: the baselines OVD, GAD, LOPD and ExOPD; the asynchronous judge queue; a cache of rubrics.
 """
 import dataclasses
 import hashlib
@@ -48,7 +47,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Callable, ClassVar, Literal
 
 import numpy as np
@@ -70,10 +68,9 @@ class Config(common.Config):
     teacher_model: str = option("", "the model's name on the teacher's server")
     judge_model: str = option("", "the model's name on the judge's server; keys come from $OPENAI_API_KEY")
     teacher_answers: int = option(4, "m, answers of the teacher a question")
-    teacher_cache: str = option("", "JSON lines file; not given = ropd-teacher.jsonl beside the run")
     reply_tokens: int = option(2048, "longest reply of teacher and judge, in tokens")
     std: bool = option(False, "divide advantages by the group's standard deviation")
-    steps: int = option(100, "training steps")
+    steps: int = option(200, "training steps")
     prompts_per_step: int = option(16, "questions a step")
     compare: bool = option(False, "run every method on --seeds seeds and print one table")
     seeds: int = option(3, "seeds for --compare: 0, 1, ...")
@@ -108,34 +105,22 @@ def require(condition: bool, reason: str) -> None:
 
 
 def parse_rubric(reply: dict) -> Rubric:
-    """Rubricator's reply -> Rubric, or ValueError. A wrong maximum_score is harmless: nothing uses it."""
-    require(set(reply) == {"schema_version", "rubrics", "maximum_score"} and type(reply["rubrics"]) is list
-            and reply["schema_version"] == "ropd.rubric.v1",
-            "expected schema_version, rubrics (a list) and maximum_score")
-    texts, identifiers, criteria, points = ("criterion_id", "category", "criterion"), set(), [], []
-    for item in reply["rubrics"]:
-        require(type(item) is dict and set(item) == {*texts, "points"}
-                and all(type(item[key]) is str and item[key].strip() for key in texts),
-                "a criterion has criterion_id, category, criterion (texts) and points")
+    """Rubricator's reply -> Rubric, or ValueError."""
+    items = reply["rubrics"]
+    require(type(items) is list and 4 <= len(items) <= 12, "a rubric has 4 to 12 criteria")
+    for item in items:
+        require(type(item.get("criterion")) is str and item["criterion"].strip(), "a criterion is a text")
+        item["criterion"].encode()  # half a character is a ValueError here, and not in some tokenizer later
         # type() and not isinstance(): True is an int in Python, and no judge means one point by it.
-        require(type(item["points"]) is int and 1 <= item["points"] <= 5, "points are 1 to 5")
-        identifiers.add(item["criterion_id"].strip().lower())
-        criteria.append(" ".join(item["criterion"].split()))
-        points.append(item["points"])
-        criteria[-1].encode()  # half a character is a ValueError here, and not in some tokenizer later
-    require(all(re.fullmatch(r"c[0-9]+", i) for i in identifiers), "a criterion_id is c and a number")
-    require(len(identifiers) == len(criteria), "two criteria have one criterion_id")
-    require(4 <= len(criteria) <= 12, "a rubric has 4 to 12 criteria")
-    return Rubric(tuple(criteria), tuple(points))
+        require(type(item.get("points")) is int and 1 <= item["points"] <= 5, "points are 1 to 5")
+    return Rubric(tuple(" ".join(item["criterion"].split()) for item in items),
+                  tuple(item["points"] for item in items))
 
 
-def read_answers(reply: dict, schema: str, count: int) -> list[dict]:
+def read_answers(reply: dict, count: int) -> list[dict]:
     """The `answers` of a verifier's reply; they must be numbered 1..count in this order."""
-    answers = reply.get("answers")
-    require(reply.get("schema_version") == schema and type(answers) is list
-            and all(type(a) is dict for a in answers),
-            f"expected schema_version {schema} and answers (a list of objects)")
-    numbers = [a.get("answer_index") for a in answers]
+    answers = reply["answers"]
+    numbers = [answer.get("answer_index") for answer in answers]
     require(all(type(i) is int for i in numbers) and numbers == list(range(1, count + 1)),
             f"expected one entry for each of the {count} answers, in order")
     return answers
@@ -143,7 +128,7 @@ def read_answers(reply: dict, schema: str, count: int) -> list[dict]:
 
 def parse_verdicts(reply: dict, count: int, points) -> tuple[list[list[bool]], int]:
     """Verifier's reply -> count x K booleans, and how many of its own totals are wrong; or ValueError."""
-    answers = read_answers(reply, "ropd.batch_verifier.v2", count)
+    answers = read_answers(reply, count)
     verdicts = [a.get("judgement") for a in answers]
     # A short list is an error and is never filled up with false: that would be a verdict nobody gave.
     require(all(type(v) is list and len(v) == len(points) and all(type(x) is bool for x in v)
@@ -154,7 +139,7 @@ def parse_verdicts(reply: dict, count: int, points) -> tuple[list[list[bool]], i
 
 def parse_scores(reply: dict, count: int) -> tuple[list[float], int]:
     """Reply of the scalar judge -> count scores in [0, 1], and no wrong totals; or ValueError."""
-    scores = [a.get("score") for a in read_answers(reply, "ropd.scalar.v1", count)]
+    scores = [a.get("score") for a in read_answers(reply, count)]
     require(all(type(s) is int and 0 <= s <= 10 for s in scores), "scores are integers, 0 to 10")
     return [s / 10 for s in scores], 0
 
@@ -181,9 +166,7 @@ where the gap is in one place, they hold more than half of all points. Form alon
 makes it the task.
 
 Reply with one JSON object and nothing else:
-{"schema_version": "ropd.rubric.v1", "rubrics": [{"criterion_id": "c1", "category": "Task Completion",
-"criterion": "...", "points": 5}, ...], "maximum_score": sum of all points}
-A category is Task Completion, Observable Quality or General Reasoning."""
+{"rubrics": [{"criterion": "...", "points": 5}, ...]}"""
 VERIFIER = """\
 You mark answers to one question by a fixed rubric. Take the answers one by one, and the criteria in their
 order. Say true only if the answer clearly meets the whole criterion; if that is unclear or holds in part,
@@ -191,14 +174,13 @@ say false. Another valid method counts. Add no criteria: length, confidence and 
 criterion asks for them. Do not compare answers. Do not let the points influence you.
 
 Reply with one JSON object and nothing else, with one entry for each answer in the order given:
-{"schema_version": "ropd.batch_verifier.v2", "answers": [{"answer_index": 1, "judgement": [true, false, ...],
-"final_score": sum of the points of the true ones}, ...]}"""
+{"answers": [{"answer_index": 1, "judgement": [true, false, ...], "final_score": sum of the points}, ...]}"""
 SCALAR_JUDGE = """\
 You mark answers to one question. Give each answer one integer from 0 (worthless) to 10 (right and
 well-founded). Length, confidence and style do not count.
 
 Reply with one JSON object and nothing else, with one entry for each answer in the order given:
-{"schema_version": "ropd.scalar.v1", "answers": [{"answer_index": 1, "score": 7}, ...]}"""
+{"answers": [{"answer_index": 1, "score": 7}, ...]}"""
 
 
 def message(instructions: str, blocks: list[tuple[str, str]]) -> list[dict]:
@@ -242,61 +224,59 @@ def verifier_prompt(question: str, rubric: Rubric | None, pool, blind: bool = Tr
 
 
 # ---------------------------------------------------------------------------------------------------- judging
-@dataclass
-class GroupScore:
-    """What the judges said about one question's answers."""
-    rewards: list[float]            # one a rollout
-    verdicts: list                  # of the rollouts, K booleans each
-    teacher_rewards: list[float]    # one a different teacher answer; only logged
-    teacher_verdicts: list
-    rubric: Rubric | None
-    wrong_totals: int = 0
-    left_out: str = ""              # whose reply is missing: teacher, rubric or verdict; not to be trained on
-
-
 def visible(text: str, limit: int = 6000) -> str:
     """What judges see of an answer: no thinking, if more follows it; a very long text loses its middle."""
     return common.cut_middle(text.rsplit("</think>", 1)[-1].strip() or text, limit)
 
 
+@dataclass
+class Group:
+    """One question, its answers as judges see them, and what the judges said."""
+    question: str
+    teachers: list[str]           # the teacher's different answers
+    students: list[str]           # n rollouts
+    left_out: str = "teacher"     # which reply is missing: teacher, rubric, verdict; "" = none, so train on it
+    rubric: Rubric | None = None
+    rewards: list = ()            # one a rollout
+    verdicts: list = ()           # K booleans a rollout
+    teacher_rewards: list = ()    # these two are for the log alone
+    teacher_verdicts: list = ()
+    wrong_totals: int = 0
+
+
 def score_groups(config, judge: Callable, questions: list[str], teachers: list[list], students: list[list]):
-    """One rubric call and one verdict call for each question -> (list of GroupScore, tally of the calls).
+    """One rubric call and one verdict call for each question -> (list of Group, tally of the calls).
 
     teachers, students: a list of texts for each question. Only texts come in: the dataset's answers cannot
     reach a judge, because they are not here.
     """
-    method, tally = config.method, Counter()
-    students = [[visible(s) for s in group] for group in students]
-    teachers = [list(dict.fromkeys(visible(t) for t in group)) for group in teachers]  # equal ones count once
-    todo = [i for i, group in enumerate(teachers) if group]
-    rubrics: dict[int, Rubric | None] = dict.fromkeys(todo)
+    method, blind, tally = config.method, config.method != "not_blind", Counter()
+    groups = [Group(question, list(dict.fromkeys(map(visible, t))), list(map(visible, s)))
+              for question, t, s in zip(questions, teachers, students)]  # equal teacher answers count once
+    todo = [g for g in groups if g.teachers]
     if method != "judge":
-        shown = [[]] * len(students) if method == "uniform_rubric" else students
-        prompts = [rubric_prompt(questions[i], teachers[i], shown[i]) for i in todo]
-        rubrics = dict(zip(todo, common.ask(partial(judge, temperature=0.7), prompts, parse_rubric,
-                                            tally=tally)))
-        todo = [i for i in todo if rubrics[i]]
-    if method in ("equal_points", "uniform_rubric"):
-        for i in todo:
-            rubrics[i] = dataclasses.replace(rubrics[i], points=(1,) * len(rubrics[i].points))
-    pools = {i: blind_pool(questions[i], teachers[i], students[i], method != "not_blind") for i in todo}
-    prompts = [verifier_prompt(questions[i], rubrics[i], pools[i], method != "not_blind") for i in todo]
-    checks = [partial(parse_verdicts, count=len(pools[i]), points=rubrics[i].points) if rubrics[i]
-              else partial(parse_scores, count=len(pools[i])) for i in todo]
+        prompts = [rubric_prompt(g.question, g.teachers, [] if method == "uniform_rubric" else g.students)
+                   for g in todo]
+        rubrics = common.ask(partial(judge, temperature=0.7), prompts, parse_rubric, tally=tally)
+        for g, rubric in zip(todo, rubrics):
+            g.rubric, g.left_out = rubric, "rubric"
+            if rubric and method in ("equal_points", "uniform_rubric"):
+                g.rubric = Rubric(rubric.criteria, (1,) * len(rubric.points))
+        todo = [g for g in todo if g.rubric]
+    pools = [blind_pool(g.question, g.teachers, g.students, blind) for g in todo]
+    prompts = [verifier_prompt(g.question, g.rubric, pool, blind) for g, pool in zip(todo, pools)]
+    checks = [partial(parse_verdicts, count=len(pool), points=g.rubric.points) if g.rubric
+              else partial(parse_scores, count=len(pool)) for g, pool in zip(todo, pools)]
     # A failed verdict is asked for again with the same rubric: a new one would be another ruler.
-    replies = dict(zip(todo, common.ask(partial(judge, temperature=0.0), prompts, checks, tally=tally)))
-    groups = []
-    for i, group in enumerate(teachers):
-        if not replies.get(i):
-            missing = "teacher" if not group else "verdict" if i in replies else "rubric"
-            groups.append(GroupScore([0.0] * len(students[i]), [], [], [], None, left_out=missing))
-            continue
-        found = {(source, j): value for (source, j, _), value in zip(pools[i], replies[i][0])}
-        reward = {key: rubric_reward(rubrics[i].points, value) if rubrics[i] else value
-                  for key, value in found.items()}
-        sides = [("student", j) for j in range(len(students[i]))], [("teacher", j) for j in range(len(group))]
-        mine, theirs = (([reward[key] for key in side], [found[key] for key in side]) for side in sides)
-        groups.append(GroupScore(*mine, *theirs, rubrics[i], replies[i][1]))
+    replies = common.ask(partial(judge, temperature=0.0), prompts, checks, tally=tally)
+    for g, pool, reply in zip(todo, pools, replies):
+        g.left_out = "" if reply else "verdict"
+        if reply:
+            n, g.wrong_totals = len(g.students), reply[1]
+            values = [value for _, value in sorted(zip(pool, reply[0]))]  # back in order, the students first
+            rewards = [rubric_reward(g.rubric.points, value) if g.rubric else value for value in values]
+            g.rewards, g.teacher_rewards = rewards[:n], rewards[n:]
+            g.verdicts, g.teacher_verdicts = values[:n], values[n:]
     return groups, tally
 
 
@@ -304,16 +284,16 @@ def score_rollouts(config, judge: Callable, questions, teachers, students):
     """score_groups; with --method per_student_rubric, an ablation, each rollout has a rubric of its own."""
     if config.method != "per_student_rubric":
         return score_groups(config, judge, questions, teachers, students)
-    n = len(students[0])
+    n, groups = len(students[0]), []
     singles, tally = score_groups(config, judge, [q for q in questions for _ in range(n)],
                                   [t for t in teachers for _ in range(n)],
                                   [[s] for group in students for s in group])
-    groups = []
-    for i in range(0, len(singles), n):  # one lost rollout loses the group: a mean over survivors is biased
-        own = singles[i:i + n]
-        groups.append(GroupScore([g.rewards[0] for g in own], [], own[0].teacher_rewards, [], None,
-                                 sum(g.wrong_totals for g in own),
-                                 next((g.left_out for g in own if g.left_out), "")))
+    for own in (singles[i:i + n] for i in range(0, len(singles), n)):
+        lost = [g.left_out for g in own if g.left_out]  # one loses them all: a mean over survivors is biased
+        groups.append(Group(own[0].question, own[0].teachers, [g.students[0] for g in own],
+                            left_out=lost[0] if lost else "", rewards=[r for g in own for r in g.rewards],
+                            teacher_rewards=own[0].teacher_rewards,
+                            wrong_totals=sum(g.wrong_totals for g in own)))
     return groups, tally
 
 
@@ -325,10 +305,9 @@ small_chain = partial(common.chain_task, operations=(3, 4), modulus=7)
 
 
 def mistaken_solution(rng, task: Task) -> str:
-    """What the tiny student imitates at first: `A2-6=4, B4+1=5. \\boxed{5}`, where 6-2 is what it computed.
+    """What the tiny student imitates at first: `A2-6=4, B4+1=5. \\boxed{5}`, where 4 is 6-2.
 
-    That misconception is in 85 % of all subtractions; slips, at random, in 3 % of + and 10 % of *; and in
-    5 % the boxed value is another one.
+    That misconception is in 85 % of all -, slips are in 3 % of +, 10 % of * and 5 % of the boxed values.
     """
     value, modulus, steps = common.parse_chain(task.messages[-1]["content"])
     written = []
@@ -384,8 +363,6 @@ BANK: dict[str, Callable[..., bool]] = {  # sentence with <slots> -> does the an
         lambda a: bool(a.boxed and a.steps) and a.boxed[-1] == a.steps[-1][3],
     "Each calculation starts from the result of the one before.":
         lambda a: all(left[3] == right[0] for left, right in zip(a.steps, a.steps[1:])),
-    "The first calculation starts from the number <start>.":
-        lambda a, start: bool(a.steps) and a.steps[0][0] == int(start),
     "The answer holds nothing but calculations and a boxed value.":
         lambda a: not a.rest,
     "Some digit appears more than three times.":  # a decoy: it has nothing to do with quality
@@ -404,19 +381,16 @@ def meets(answer: Reading, criterion: str) -> bool:
 
 def fill(sentence: str, question: str) -> list[str]:
     """A sentence of the bank for this question; one with <sign> becomes one for every kind of operation."""
-    start, modulus, steps = common.parse_chain(question)
+    _, modulus, steps = common.parse_chain(question)
     operations = " ".join(f"{sign}{operand}" for _, sign, operand in steps)
-    for slot, value in (("<start>", start), ("<modulus>", modulus), ("<operations>", operations)):
-        sentence = sentence.replace(slot, str(value))
+    sentence = sentence.replace("<modulus>", str(modulus)).replace("<operations>", operations)
     signs = sorted({sign for _, sign, _ in steps}) if "<sign>" in sentence else [""]
     return [sentence.replace("<sign>", sign) for sign in signs]
 
 
 def write_rubric(question: str, teachers: list[Reading], students: list[Reading]) -> dict:
-    """The rubricator: keeps what the question demands and what teachers do more often than students.
-
-    The points follow the prompt: 5 for the decisive gap, 4 for a second one, 2, 1. Where no student is shown
-    (uniform_rubric), everything that most teachers do is kept.
+    """The rubricator: keeps what the question demands and what teachers do more often than students; where
+    no student is shown, all that most teachers do. Points as the prompt asks: 5 for a decisive gap, 4, 2, 1.
     """
     def rate(side, sentence):  # share of a side's answers that meet the sentence
         return np.mean([meets(answer, sentence) for answer in side]) if side else 0.0
@@ -429,9 +403,7 @@ def write_rubric(question: str, teachers: list[Reading], students: list[Reading]
     kept.sort(key=lambda s: -gap[s])
     points = [5 if i == 0 and gap[s] >= 0.25 else 4 if i == 1 and gap[s] >= 0.2 else
               2 if gap[s] >= 0.05 else 1 for i, s in enumerate(kept)]
-    rubrics = [{"criterion_id": f"c{i}", "category": "Observable Quality", "criterion": s, "points": p}
-               for i, (s, p) in enumerate(zip(kept, points), 1)]
-    return {"schema_version": "ropd.rubric.v1", "rubrics": rubrics, "maximum_score": sum(points)}
+    return {"rubrics": [{"criterion": s, "points": p} for s, p in zip(kept, points)]}
 
 
 def impression(question: str, answer: Reading) -> int:
@@ -463,14 +435,14 @@ def symbolic_judge(conversations: list[list[dict]], **sampling) -> list[str]:
         if references:
             reply = write_rubric(question, references, [a for label, a in answers if "student" in label])
         elif rubric:
-            reply = {"schema_version": "ropd.batch_verifier.v2", "answers": []}
+            reply = {"answers": []}
             for i, (_, answer) in enumerate(answers, 1):
                 verdict = [meets(answer, item["criterion"]) for item in rubric]
                 total = sum(item["points"] for item, yes in zip(rubric, verdict) if yes)
                 reply["answers"].append({"answer_index": i, "judgement": verdict, "final_score": total})
         else:
-            reply = {"schema_version": "ropd.scalar.v1", "answers": [
-                {"answer_index": i, "score": impression(question, a)} for i, (_, a) in enumerate(answers, 1)]}
+            reply = {"answers": [{"answer_index": i, "score": impression(question, a)}
+                                 for i, (_, a) in enumerate(answers, 1)]}
         replies.append(json.dumps(reply))
     return replies
 
@@ -487,11 +459,7 @@ def load_student(config, device):
     return common.fit_tiny("the student", model, docs, steps=600, lr=6e-3, fresh=config.fresh).to(device), tok
 
 
-@cache
-def model_or_server(name: str, server_model: str, tokens: int, device: str, json_object: bool) -> Callable:
-    """A chat backend; cached, so that one local model in two roles is loaded once."""
-    return common.chat_backend(name, server_model, tokens, json_object=json_object, retries=2, timeout=120.0,
-                               device=device)
+chat_backend = cache(common.chat_backend)  # so that one local model in two roles is loaded once
 
 
 def connect(config, device) -> tuple[Callable | None, Callable | None]:
@@ -502,21 +470,16 @@ def connect(config, device) -> tuple[Callable | None, Callable | None]:
         common.fail(f"the symbolic {' and '.join(rules)} can only read generated chain problems; with "
                     f"--data, give a chat model or a server as {' and '.join('--' + role for role in rules)}")
     if rules:
-        print(f"symbolic {' and '.join(rules)}: rules, where ROPD has a language model"
-              + ("; no language model judges anything in this run" if "judge" in rules else ""))
-    teacher = symbolic_teacher if "teacher" in roles else None
-    judge = symbolic_judge if "judge" in roles else None
-    if judge and "judge" not in rules:
-        judge = model_or_server(config.judge, config.judge_model, config.reply_tokens, str(device),
-                                config.judge.startswith("http"))
-    if teacher and "teacher" not in rules:
-        teacher = model_or_server(config.teacher, config.teacher_model, config.reply_tokens, str(device), False)
-        run = common.run_folder(config, "ropd")
-        path = Path(config.teacher_cache or run.parent / "ropd-teacher.jsonl")
-        if run.resolve() in path.resolve().parents:
-            common.fail("--teacher_cache lies in the run's folder, which --overwrite deletes; put it elsewhere")
-        teacher = common.remembered(teacher, path, [config.teacher, config.teacher_model, config.reply_tokens])
-    return teacher, judge
+        print(f"symbolic {' and '.join(rules)}: rules, where ROPD has a language model")
+    found = {"teacher": symbolic_teacher, "judge": symbolic_judge}
+    for role in [role for role in roles if role not in rules]:
+        which = getattr(config, role), getattr(config, role + "_model"), config.reply_tokens
+        found[role] = chat_backend(*which, json_object=role == "judge" and which[0].startswith("http"),
+                                   device=str(device), retries=2, timeout=120.0)
+        if role == "teacher":  # its answers are kept for other runs, beside this one
+            file = common.run_folder(config, "ropd").parent / "ropd-teacher.jsonl"
+            found[role] = common.remembered(found[role], file, which)
+    return tuple(found[role] if role in roles else None for role in ("teacher", "judge"))
 
 
 def question_text(task: Task) -> str:
@@ -569,7 +532,8 @@ def train(config: Config) -> dict:
     if not config.resume:
         run.notes |= {"judge_calls": 0, "left_out": [], "aucs": [], "rewards": []}
         run.evaluated("before", measure())
-        print_gates(config, run, held_out)
+        if config.model == "tiny" and config.data == "chain":
+            print_gates(run.notes["before"]["greedy_accuracy"], held_out)
     for step in range(first, config.steps):
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
@@ -583,23 +547,24 @@ def train(config: Config) -> dict:
                                   generator=generator, **sampling)
         common.rescore(student, rollouts, config)
         correct = common.rewards(rollouts, tasks).cpu()  # (B,) for the log; only --method grpo learns from it
-        reward, kept, groups, tally = correct.double(), torch.ones(len(correct), dtype=torch.bool), [], {}
+        reward, kept = correct.double(), torch.ones(len(correct), dtype=torch.bool)             # (B,) each
+        groups, tally = [], Counter()
         if judge:
             groups, tally = score_rollouts(config, judge, [question_text(t) for t in tasks], answers,
                                            [rollouts.texts[i:i + n] for i in range(0, len(correct), n)])
-            reward = torch.tensor([r for g in groups for r in g.rewards], dtype=torch.double)       # (B,)
             kept = torch.tensor([not g.left_out for g in groups]).repeat_interleave(n)              # (B,)
+            rewards = [[0.0] * n if g.left_out else g.rewards for g in groups]
+            reward = torch.tensor(rewards, dtype=torch.double).flatten()                            # (B,)
         # Eq. 6, as in the code: A_i = r_i - mean(r)
         advantages = common.group_advantages(reward, n, std=config.std)                             # (B,)
         # An empty mask takes a group out of the loss and of its denominator.
         trained = dataclasses.replace(rollouts, mask=rollouts.mask * kept.to(device)[:, None])
         norm = common.update(student, optimizer, trained, advantages.to(device)[:, None], config, step)
 
-        log_step(run, step, started, rollouts, reward[kept], correct, kept, groups, answers, tally, norm)
+        log_step(run, step, started, rollouts, reward, correct, kept, groups, tally, norm)
         if groups and config.show_every and step % config.show_every == 0:
-            show_group(tasks[0], rollouts.texts[0], groups[0], bool(correct[0]))
+            show_group(groups[0], correct[:n].tolist())
         run.end_step(step + 1, measure)
-        stop_if_unreadable(run, tally)
     notes = run.notes
     return run.finish(student, tok, measure, judge_calls=notes["judge_calls"],
                       groups_left_out=sum(notes["left_out"]), auc_first_steps=mean(notes["aucs"][:5]),
@@ -610,60 +575,61 @@ def mean(values) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def print_gates(config, run, held_out) -> None:
+def print_gates(student_right: float, held_out: list[Task]) -> None:
     """The tiny world's premise, checked before anything is learnt: a student in need, a teacher who knows."""
-    if config.model == "tiny" and config.data == "chain":
-        greedy = run.notes["before"]["greedy_accuracy"]
-        answers = symbolic_teacher([task.messages for task in held_out])
-        right = np.mean([common.is_correct(text, task.answer) for text, task in zip(answers, held_out)])
-        print(f"gates  student, greedy {greedy:.3f}, below 0.5: {'yes' if greedy < 0.5 else 'NO'}; "
-              f"teacher's answers right {right:.3f}, above 0.8: {'yes' if right > 0.8 else 'NO'}", flush=True)
+    answers = symbolic_teacher([task.messages for task in held_out])
+    teacher_right = np.mean([common.is_correct(text, t.answer) for text, t in zip(answers, held_out)])
+    print(f"gates  student right, greedy: {student_right:.3f} {'<' if student_right < 0.5 else 'NOT <'} 0.5; "
+          f"teacher right: {teacher_right:.3f} {'>' if teacher_right > 0.8 else 'NOT >'} 0.8", flush=True)
 
 
-def log_step(run, step, started, rollouts, reward, correct, kept, groups, answers, tally, norm) -> None:
-    """One line on the console; the finer figures go to metrics.jsonl alone. reward: of the kept rollouts."""
-    ordered, left_out = auc(reward.tolist(), correct[kept].tolist()), [g.left_out for g in groups if g.left_out]
-    if len(answers) > 3 and run.config.teacher_answers > 1 and all(len(set(a)) == 1 for a in answers):
+def log_step(run, step, started, rollouts, reward, correct, kept, groups, tally, norm) -> None:
+    """One line on the console; the finer figures go to metrics.jsonl alone."""
+    reward = reward[kept]                                                           # (kept rollouts,)
+    ordered, left_out = auc(reward.tolist(), correct[kept].tolist()), Counter(g.left_out for g in groups)
+    lost = sum(left_out.values()) - left_out.pop("", 0)
+    if len(groups) > 3 and run.config.teacher_answers > 1 and all(len(g.teachers) == 1 for g in groups):
         run.warn("the teacher's answers to each question are all the same, so m is in fact 1; see whether "
                  "its server ignores the temperature")
-    run.notes["judge_calls"] += tally.get("calls", 0)
-    run.notes["left_out"].append(len(left_out))
+    # Over 40 % of the groups left out in twenty steps: hours more of it would teach nothing.
+    recent = [*run.notes["left_out"], lost][-20:]
+    if sum(recent) > 0.4 * 20 * len(groups) and len(recent) == 20:
+        reason = max(set(tally) - {"calls"}, key=tally.get, default="the teacher gave no answer")
+        common.fail(f"{sum(recent)} of the last {20 * len(groups)} groups were left out, most often because: "
+                    f"{reason}; take a stronger teacher or judge, or raise --reply_tokens")
+    run.notes["judge_calls"] += tally["calls"]
+    run.notes["left_out"].append(lost)
     run.notes["rewards"] += [float(reward.mean())] if len(reward) else []
     run.notes["aucs"] += [ordered] if ordered is not None else []
     shown = {"reward": float(reward.mean()) if len(reward) else "-", "solved": float(correct.mean()),
              "auc": "-" if ordered is None else ordered, **run.watch(rollouts, reward, norm),
-             "judge calls": tally.get("calls", 0), "left out": f"{len(left_out)}/{len(groups)}"}
-    run.step(step + 1, started, shown, missing=dict(Counter(left_out)), judge_tally=dict(tally),
+             "judge calls": tally["calls"], "left out": f"{lost}/{len(groups)}"}
+    run.step(step + 1, started, shown, missing=dict(left_out), judge_tally=dict(tally),
              wrong_totals=sum(g.wrong_totals for g in groups),
              teacher_reward=mean([r for g in groups for r in g.teacher_rewards]),
-             effective_m=mean([len(set(a)) for a in answers]))
-
-
-def stop_if_unreadable(run, tally, steps: int = 20) -> None:
-    """More than 40 % of the groups left out over twenty steps: hours more of it would teach nothing."""
-    lost, groups = sum(run.notes["left_out"][-steps:]), steps * run.config.prompts_per_step
-    if len(run.notes["left_out"]) >= steps and lost > 0.4 * groups:
-        reason = max((set(tally) - {"calls"}), key=tally.get, default="no teacher's answer")
-        common.fail(f"{lost} of the last {groups} groups were left out, lately most often because: {reason}; take "
-                    "a stronger teacher or judge, or raise --reply_tokens; --resume goes on from the checkpoint")
+             effective_m=mean([len(g.teachers) for g in groups]))
 
 
 # -------------------------------------------------------------------------------------- looking and comparing
-def show_group(task: Task, text: str, group: GroupScore, correct: bool) -> None:
-    """The first rollout of a group, and who meets which criterion: teacher's answers | rollouts."""
-    print(f"      {question_text(task)}\n      > {text.strip()}")
-    if group.rubric:
-        for k, (points, criterion) in enumerate(zip(group.rubric.points, group.rubric.criteria)):
-            marks = ["".join("x" if verdict[k] else "." for verdict in side)
-                     for side in (group.teacher_verdicts, group.verdicts)]
-            print(f"        {points}  {' | '.join(marks)}  {criterion}")
-    reward = f"left out: {group.left_out}" if group.left_out else f"reward {group.rewards[0]:.2f}"
-    print(f"        {reward}; in truth {'right' if correct else 'wrong'}; rewards of the teacher's answers: "
-          f"{' '.join(f'{r:.2f}' for r in group.teacher_rewards)}", flush=True)
+def show_group(group: Group, correct: list, rows: int = 1) -> None:
+    """A group for people: its first answers with their rewards, and who meets which criterion."""
+    def line(who, reward, text):
+        print(f"      {who:<16}{reward:.2f}  {' '.join(text.split())[:300]}")
+
+    print(f"      {group.question}" + (f"\n      left out for want of the {group.left_out}'s reply"
+                                      if group.left_out else ""))
+    for text, reward in list(zip(group.teachers, group.teacher_rewards))[:rows]:
+        line("teacher", reward, text)
+    for text, reward, right in list(zip(group.students, group.rewards, correct))[:rows]:
+        line(f"student, {'right' if right else 'wrong'}", reward, text)
+    for k, points in enumerate(group.rubric.points if group.rubric else []):
+        marks = ["".join("x" if verdict[k] else "." for verdict in side)
+                 for side in (group.teacher_verdicts, group.verdicts)]
+        print(f"        {points}  {' | '.join(marks)}  {group.rubric.criteria[k]}")
 
 
 def explain(config: Config) -> None:
-    """One group before training: the teacher's answers, all rollouts with their rewards, and the verdicts."""
+    """One group before training: answers with their rewards; points, and who meets each criterion."""
     device = common.setup(config)
     _, tasks = common.load_tasks(config.data, config.eval_tasks, small_chain)
     teacher, judge = connect(config, device)
@@ -673,24 +639,19 @@ def explain(config: Config) -> None:
                               generator=torch.Generator(device).manual_seed(config.seed))
     answers = teacher_answers(teacher, tasks[:1], config.teacher_answers)
     (group,), tally = score_rollouts(config, judge, [question_text(tasks[0])], answers, [rollouts.texts])
-    advantages = common.group_advantages(torch.tensor(group.rewards), config.group_size, std=config.std)
-    correct = common.rewards(rollouts, tasks[:1]).tolist()                              # n numbers
-    print("teacher's answers", *answers[0], f"\nrollouts ({tally['calls']} judge calls)", sep="\n  ")
-    for text, r, a, c in zip(rollouts.texts, group.rewards, advantages.tolist(), correct):
-        print(f"  reward {r:.3f}  advantage {a:+.3f}  {'right' if c else 'wrong'}  {text.strip()}")
-    print("\nthe first rollout; points, who meets the criterion (teacher's answers | rollouts)")
-    show_group(tasks[0], rollouts.texts[0], group, bool(correct[0]))
+    show_group(group, common.rewards(rollouts, tasks[:1]).tolist(), rows=config.group_size)
+    print(f"points, who meets the criterion (teacher | students); {tally['calls']} judge calls\n"
+          f"advantage of a rollout: its reward - {mean(group.rewards) or 0.0:.3f}, their mean")
 
 
 def compare(config: Config) -> None:
     """Every method from the same start, with the same questions; mean and spread over seeds."""
-    variants = {name: {"method": name} for name in (
-        "ropd", "equal_points", "uniform_rubric", "per_student_rubric", "judge", "sft")}
-    variants |= {"ropd, m = 1": {"teacher_answers": 1}, "ropd --std": {"std": True},
-                 "uniform_rubric --std": {"method": "uniform_rubric", "std": True},
-                 "grpo (oracle)": {"method": "grpo"}, "grpo (oracle) --std": {"method": "grpo", "std": True}}
+    names = ["ropd", "equal_points", "uniform_rubric", "per_student_rubric", "judge", "sft", "grpo"]
     if config.judge != "symbolic":  # rules do not read labels: it would be ropd digit for digit
-        variants["not_blind"] = {"method": "not_blind"}
+        names.append("not_blind")
+    variants = {"ropd, m = 1": {"teacher_answers": 1}, **{name: {"method": name} for name in names}}
+    for name in ("ropd", "uniform_rubric", "grpo"):
+        variants[f"{name} --std"] = {"method": name, "std": True}
     found = common.compared(train, config, variants, "ropd")
     start, runs = found["ropd"][0], [run for cell in found.values() for run in cell]
     print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; mean ± "
@@ -707,10 +668,11 @@ def main(argv=None) -> None:
     if min(config.teacher_answers, config.reply_tokens) < 1:
         common.fail("--teacher_answers and --reply_tokens are at least 1")
     teaches, judges = config.method != "grpo", config.method not in ("grpo", "sft")
-    used = {"explain": judges and not config.compare, "std": config.method != "sft" and not config.compare,
+    used = {"explain": judges, "std": config.method != "sft" and not config.compare,
             "judge_model": judges and config.judge.startswith("http"),
-            "teacher_model": teaches and config.teacher.startswith("http"),
-            "teacher_cache": teaches and config.teacher != "symbolic"}
+            "teacher_model": teaches and config.teacher.startswith("http")}
+    if config.compare and config.method != "ropd":
+        common.fail("--compare runs every method; leave --method out")
     for flag, useful in used.items():
         if getattr(config, flag) and not useful:
             common.fail(f"--{flag} would change nothing here; leave it out")
