@@ -99,7 +99,7 @@ class Rubric:
     points: tuple[int, ...]    # K of 1..5
 
 
-def require(condition: bool, reason: str) -> None:
+def require(condition, reason: str) -> None:
     if not condition:
         raise ValueError(reason)
 
@@ -109,7 +109,8 @@ def parse_rubric(reply: dict) -> Rubric:
     items = reply["rubrics"]
     require(type(items) is list and 4 <= len(items) <= 12, "a rubric has 4 to 12 criteria")
     for item in items:
-        require(type(item.get("criterion")) is str and item["criterion"].strip(), "a criterion is a text")
+        require(type(item) is dict and type(item.get("criterion")) is str and item["criterion"].strip(),
+                "a criterion is a text")
         item["criterion"].encode()  # half a character is a ValueError here, and not in some tokenizer later
         # type() and not isinstance(): True is an int in Python, and no judge means one point by it.
         require(type(item.get("points")) is int and 1 <= item["points"] <= 5, "points are 1 to 5")
@@ -120,6 +121,7 @@ def parse_rubric(reply: dict) -> Rubric:
 def read_answers(reply: dict, count: int) -> list[dict]:
     """The `answers` of a verifier's reply; they must be numbered 1..count in this order."""
     answers = reply["answers"]
+    require(type(answers) is list and all(type(a) is dict for a in answers), "answers is a list of objects")
     numbers = [answer.get("answer_index") for answer in answers]
     require(all(type(i) is int for i in numbers) and numbers == list(range(1, count + 1)),
             f"expected one entry for each of the {count} answers, in order")
@@ -235,7 +237,7 @@ class Group:
     question: str
     teachers: list[str]           # the teacher's different answers
     students: list[str]           # n rollouts
-    left_out: str = "teacher"     # which reply is missing: teacher, rubric, verdict; "" = none, so train on it
+    left_out: str = "teacher"     # which reply is missing: teacher, rubric, verdict; "" = none
     rubric: Rubric | None = None
     rewards: list = ()            # one a rollout
     verdicts: list = ()           # K booleans a rollout
@@ -365,8 +367,6 @@ BANK: dict[str, Callable[..., bool]] = {  # sentence with <slots> -> does the an
         lambda a: all(left[3] == right[0] for left, right in zip(a.steps, a.steps[1:])),
     "The answer holds nothing but calculations and a boxed value.":
         lambda a: not a.rest,
-    "Some digit appears more than three times.":  # a decoy: it has nothing to do with quality
-        lambda a: max(Counter(re.findall(r"\d", a.text)).values(), default=0) > 3,
 }
 PATTERNS = [(re.compile(re.sub(r"<\w+>", "(.+)", re.escape(s))), check) for s, check in BANK.items()]
 
@@ -588,9 +588,6 @@ def log_step(run, step, started, rollouts, reward, correct, kept, groups, tally,
     reward = reward[kept]                                                           # (kept rollouts,)
     ordered, left_out = auc(reward.tolist(), correct[kept].tolist()), Counter(g.left_out for g in groups)
     lost = sum(left_out.values()) - left_out.pop("", 0)
-    if len(groups) > 3 and run.config.teacher_answers > 1 and all(len(g.teachers) == 1 for g in groups):
-        run.warn("the teacher's answers to each question are all the same, so m is in fact 1; see whether "
-                 "its server ignores the temperature")
     # Over 40 % of the groups left out in twenty steps: hours more of it would teach nothing.
     recent = [*run.notes["left_out"], lost][-20:]
     if sum(recent) > 0.4 * 20 * len(groups) and len(recent) == 20:
@@ -607,21 +604,17 @@ def log_step(run, step, started, rollouts, reward, correct, kept, groups, tally,
     run.step(step + 1, started, shown, missing=dict(left_out), judge_tally=dict(tally),
              wrong_totals=sum(g.wrong_totals for g in groups),
              teacher_reward=mean([r for g in groups for r in g.teacher_rewards]),
-             effective_m=mean([len(g.teachers) for g in groups]))
+             different_teacher_answers=mean([len(g.teachers) for g in groups]))
 
 
 # -------------------------------------------------------------------------------------- looking and comparing
 def show_group(group: Group, correct: list, rows: int = 1) -> None:
     """A group for people: its first answers with their rewards, and who meets which criterion."""
-    def line(who, reward, text):
-        print(f"      {who:<16}{reward:.2f}  {' '.join(text.split())[:300]}")
-
-    print(f"      {group.question}" + (f"\n      left out for want of the {group.left_out}'s reply"
-                                      if group.left_out else ""))
-    for text, reward in list(zip(group.teachers, group.teacher_rewards))[:rows]:
-        line("teacher", reward, text)
-    for text, reward, right in list(zip(group.students, group.rewards, correct))[:rows]:
-        line(f"student, {'right' if right else 'wrong'}", reward, text)
+    print(f"      {group.question}" + f"  (left out: no {group.left_out})" * bool(group.left_out))
+    shown = [("teacher", *x) for x in zip(group.teacher_rewards, group.teachers)][:rows]
+    shown += [("right" if c else "wrong", *x) for c, *x in zip(correct, group.rewards, group.students)][:rows]
+    for who, reward, text in shown:
+        print(f"      {who:<8}{reward:.2f}  {' '.join(text.split())[:300]}")
     for k, points in enumerate(group.rubric.points if group.rubric else []):
         marks = ["".join("x" if verdict[k] else "." for verdict in side)
                  for side in (group.teacher_verdicts, group.verdicts)]

@@ -1,8 +1,9 @@
-"""Chat backends: a server that behaves well, badly or not at all, a local model, asking again, remembering."""
+"""Chat backends: a server that behaves well, badly or not at all; a local model; asking, remembering."""
 import json
 import random
 import threading
 import time
+from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -162,7 +163,7 @@ def test_no_text_ends_its_own_turn(local, monkeypatch):
     assert "<tool_call>" in text and text.replace(" ", "") == evil  # what is no control token stays
 
 
-# ------------------------------------------------------------------------------------------- asking, remembering
+# --------------------------------------------------------------------------------------- asking, remembering
 def test_read_object():
     good, value = '{"a": [1, {"b": "}"}]}', {"a": [1, {"b": "}"}]}
     for text in (good, f"```json\n{good}\n```", f"<think>{{}}</think>Sure: {good} hope {{it}} helps",
@@ -194,7 +195,7 @@ def at_least(least, data):
 
 
 def test_ask_again_with_the_reason():
-    chat, tally = Scripted('{"n": 1}', "prose", '{"m": 1}', '{"n": 5}', '{"n": 2}', '{"n": 0}'), common.Counter()
+    chat, tally = Scripted('{"n": 1}', "prose", '{"m": 1}', '{"n": 5}', '{"n": 2}', '{"n": 0}'), Counter()
     assert common.ask(chat, talk("a", "b", "c"), partial(at_least, 1), tries=2, tally=tally) == [1, 5, 2]
     first, second = chat.asked[3:]
     assert first[:2] == [*talk("b")[0], {"role": "assistant", "content": "prose"}]
@@ -221,7 +222,7 @@ def test_remembered(tmp_path, refused):
     assert common.remembered(chat, path, {"model": "y"})(talk("a")) == ["other"]
     assert again(talk("a"), temperature=0.8) == ["hot"] and again(talk("a")) == ["a0"]
     first = path.read_text().splitlines()[0]
-    path.write_text(path.read_text() + first.replace("a0", "new") + "\n")  # a later line replaces an earlier one
+    path.write_text(path.read_text() + first.replace("a0", "new") + "\n")  # replaces the earlier line
     assert common.remembered(chat, path, {"model": "x"})(talk("a")) == ["new"]
     good = path.read_text()
     for bad in ("{", "[]", '{"reply": 1}', "\xff"):
