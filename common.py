@@ -60,7 +60,6 @@ def fail(message: str) -> NoReturn:
 
 def command(main: Callable) -> Callable:
     """Decorates a script's `main`: what may happen at any time ends in one sentence, too."""
-    @functools.wraps(main)
     def guarded(argv=None):
         try:
             return main(argv)
@@ -136,7 +135,7 @@ progress = functools.partial(tqdm, mininterval=1, leave=False, disable=None)
 
 
 def setup(config) -> torch.device:
-    """Device and threads. Tiny models get one thread: more are slow on a busy machine, and one is repeatable."""
+    """Device and threads. One thread for tiny models: more are slow on a busy machine, one is repeatable."""
     if config.threads or config.model == "tiny":
         torch.set_num_threads(config.threads or 1)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -216,38 +215,30 @@ def replacing(path: Path):
 
 def cached(model, key, build: Callable, fresh: bool = False):
     """Loads `model`'s weights from the cache, or calls `build()`, which trains it in place, and stores them.
-
-    `key` is what the weights depend on (anything json can write). A damaged file is rebuilt with a warning.
-    """
+    key: what the weights depend on (anything json can write)."""
     key = json.dumps([key, model.config.to_dict(), torch.__version__, transformers.__version__], default=str)
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "four-papers"
     path = root / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
     if path.exists() and not fresh:
-        try:
-            model.load_state_dict(torch.load(path, weights_only=True))
-            return model.eval()
-        except Exception as error:  # torch, pickle and zipfile each have their own error for a damaged file
-            print(f"warning: cached model {path.name} is damaged ({type(error).__name__}); fitting it again")
-    build()
-    root.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        torch.save(model.state_dict(), file)
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        build()
+        root.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            torch.save(model.state_dict(), file)
     return model.eval()
 
 
-def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e-3, seed: int = 0,
-             fresh: bool = False):
-    """Next-token fit of a tiny model on demonstrations; cached.
-
-    docs: list of (ids, mask), lists of equal length; the loss is on the tokens with mask 1, as in SFT.
-    """
+def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
+    """Next-token fit of a tiny model on demonstrations; cached. docs: list of (ids, mask), lists of equal
+    length; the loss is on the tokens with mask 1, as in SFT."""
     def build():
         rng, batches = random.Random(seed), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, (steps - s) / steps))
         model.train()
         for _ in progress(range(steps), desc=f"fitting {name}"):
-            batches = batches or length_buckets(docs, batch, rng)
+            batches = batches or length_buckets(docs, 32, rng)
             rows = batches.pop()
             ids, mask = (padded([docs[i][j] for i in rows], 0) for j in (0, 1))     # (B, T) each
             # Right padding needs no attention mask under causal attention: no real token can look at a pad.
@@ -259,7 +250,7 @@ def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e
             ramp.step()
 
     digest = hashlib.sha256(json.dumps(docs).encode()).hexdigest()
-    return cached(model, ["fit", digest, steps, batch, lr, seed], build, fresh)
+    return cached(model, ["fit", digest, steps, 32, lr, seed], build, fresh)
 
 
 def length_buckets(docs, batch: int, rng) -> list[list[int]]:
@@ -294,8 +285,8 @@ def load_model(name: str, device, trainable: bool = True):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=offline)
     except (OSError, ValueError) as error:
         reason = "no network" if offline and not Path(name).exists() else str(error).strip().splitlines()[0]
-        fail(f"cannot load the model '{name}' ({reason}); give a model folder, 'tiny' where the script has it, "
-             "or, with a network, a Hugging Face id")
+        fail(f"cannot load the model '{name}' ({reason}); "
+             "give 'tiny' (a script's default), a model's folder or, with a network, a Hugging Face id")
     if tok.chat_template is None:
         fail(f"the tokenizer of '{name}' has no chat template; take an instruction-tuned model")
     tok.pad_token = tok.pad_token or tok.eos_token
@@ -437,7 +428,8 @@ def final_answer(text: str) -> str | None:
             if depth == 0:
                 return inside[:i].strip()
         return None
-    for pattern in (r"<answer>(.*?)</answer>", r"####\s*([^\n]+)", r"\A\s*([A-Z]|[-+$]?[\d.,]*\d%?)\.?\s*\Z"):
+    number_or_letter = r"\A\s*([A-Z]|[-+$]?[\d.,]*\d%?)\.?\s*\Z"
+    for pattern in (r"<answer>(.*?)</answer>", r"####\s*([^\n]+)", number_or_letter):
         if found := re.findall(pattern, text, re.DOTALL):
             return found[-1].strip()
     return None
@@ -1128,7 +1120,7 @@ class Run:
             self.warn("more than half of the rollouts did not finish and score 0; "
                       "raise --max_new_tokens or --max_turns")
         if entropy < 0.01:
-            self.warn("the policy's entropy is below 0.01: it writes the same text again and again; lower --lr")
+            self.warn("the entropy is below 0.01: the model writes the same text again and again; lower --lr")
         if not math.isfinite(norm):
             self.notes["skipped_steps"] += 1
             self.warn("the gradient is not finite; such steps are skipped and counted; lower --lr")
@@ -1160,11 +1152,11 @@ class Run:
 
 
 def header(script: str, config, model, device) -> None:
-    print(f"{script}  {config.method}  {config.model} model, {model.num_parameters() / 1e6:.2f} M parameters | "
-          f"{device}, threads {torch.get_num_threads()} | seed {config.seed} | {config.steps} steps x "
+    threads, size = torch.get_num_threads(), model.num_parameters() / 1e6
+    print(f"{script}  {config.method}  {config.model} model, {size:.2f} M parameters | {device}, "
+          f"{threads} thread{'s' * (threads > 1)} | seed {config.seed} | {config.steps} steps x "
           f"{config.prompts_per_step} prompts x {config.group_size} rollouts\n"
-          "The loss is not printed: with one update a batch its value says nothing about progress.",
-          flush=True)
+          "The loss is not printed: with one update a batch its value says nothing about progress.", flush=True)
 
 
 def table(rows: list[list], head: list[str]) -> str:
@@ -1184,10 +1176,11 @@ def compared(train: Callable, config, variants: dict[str, dict], script: str) ->
     found, fresh = {name: [] for name in variants}, config.fresh
     for seed in range(config.seed, config.seed + config.seeds):
         for name, flags in variants.items():
-            folder = Path(config.out or f"runs/{script}-compare") / f"{re.sub('[^a-z0-9_]+', '-', name)}-s{seed}"
+            root, cell_name = config.out or f"runs/{script}-compare", re.sub("[^a-z0-9_]+", "-", name)
+            folder = Path(root, f"{cell_name}-s{seed}")
             state, summary = folder / "state.pt", folder / "summary.json"
-            cell = dataclasses.replace(config, **{"seed": seed, "out": str(folder), "plot": [], "show_every": 0,
-                                                  "fresh": fresh, **flags})
+            cell = dataclasses.replace(config, **{
+                "seed": seed, "out": str(folder), "show_every": 0, "fresh": fresh, **flags})
             print(f"\n{name}, seed {seed}", flush=True)
             done = json.loads(summary.read_text()) if summary.exists() and not config.overwrite else None
             if done and done["config"]["steps"] == cell.steps and not changed_flags(done["config"], cell):
@@ -1328,10 +1321,10 @@ def worked_solution(rng, task: Task, wrong: float = 0.0) -> str:
     value, modulus, steps = parse_chain(task.messages[-1]["content"])
     parts = []
     for label, operation, operand in steps:
-        right = APPLY[operation](value, operand) % modulus
-        result = rng.randrange(modulus) if rng.random() < wrong else right
-        parts.append(f"{label}{value}{operation}{operand}={result}")
-        value = result
+        before, value = value, APPLY[operation](value, operand) % modulus
+        if rng.random() < wrong:
+            value = rng.randrange(modulus)
+        parts.append(f"{label}{before}{operation}{operand}={value}")
     return ", ".join(parts) + f". \\boxed{{{value}}}"
 
 
