@@ -207,7 +207,7 @@ def tiny_model(tok, seed: int, hidden_size: int = 64, layers: int = 2) -> Qwen3F
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """`with replacing(path) as file:` write `file`; then it takes the place of `path`, whole or not at all."""
+    """`with replacing(path) as file:` write `file`; then it takes the place of `path`, all of it or nothing."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     yield temporary
     os.replace(temporary, path)
@@ -378,13 +378,13 @@ def read_rows(source: str) -> list[dict]:
         config = "main" if "main" in configs else configs[0]
         return list(datasets.load_dataset(source, config, split="train"))
     except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
-        fail(f"cannot read the dataset '{source}' ({type(error).__name__}); --data is 'chain', a jsonl, json, "
-             "csv or parquet file, or, with a network, a hub id")
+        fail(f"cannot read the dataset '{source}' ({type(error).__name__}); give 'chain', a jsonl, json, csv "
+             "or parquet file, or, with a network, a hub id")
 
 
 def read_json(path: Path) -> list[dict]:
     """Not through `datasets`, which would not name a bad line."""
-    rows, number = [], 1
+    rows, number = [], 0
     try:
         text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
@@ -392,7 +392,7 @@ def read_json(path: Path) -> list[dict]:
         for number, line in enumerate(text.split("\n"), 1):
             rows += [json.loads(line)] if line.strip() else []
     except (OSError, ValueError) as error:  # no such file, not in UTF-8, not JSON
-        fail(f"cannot read {path}, line {number} ({error}); check --data")
+        fail(f"cannot read {path}{f', line {number}' * bool(number)} ({error}); check --data")
     return rows
 
 
@@ -1023,8 +1023,8 @@ class Run:
             fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
         self.state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
         if changed := changed_flags(self.state["config"], self.config):
-            fail(f"{self.folder} was begun with other flags ({', '.join(changed)}); go on with the same ones, "
-                 "or start again with --overwrite")
+            fail(f"{self.folder} was begun with other flags ({', '.join(changed)}); "
+                 "go on with the same ones, or start again with --overwrite")
         self.notes = self.state["notes"]
         self.began -= self.notes["seconds"]  # the time before the stop counts too
         # What came after the checkpoint is done again; a kill may have left half a line, which has no "}".
@@ -1106,10 +1106,8 @@ class Run:
         self.warned.add(text)
 
     def watch(self, rollouts: Rollouts, reward, norm: float) -> dict:
-        """The figures that every step shows of its rollouts; warns of the usual reasons why nothing is learnt.
-
-        reward: (B,), or those of fewer whole groups. cut: share of rollouts that ran out of tokens or turns.
-        """
+        """Figures of a step's rollouts; warns of the usual reasons why nothing is learnt. reward: (B,), or
+        those of fewer whole groups. cut: the share that ran out of tokens or turns."""
         groups, tokens = reward.view(-1, self.config.group_size), rollouts.mask.sum()   # (groups, group_size)
         flat = int((groups.amax(1) == groups.amin(1)).sum())
         entropy, cut = float(rollouts.entropy.sum() / tokens), float((~rollouts.finished).float().mean())
@@ -1156,7 +1154,7 @@ def header(script: str, config, model, device) -> None:
     print(f"{script}  {config.method}  {config.model} model, {size:.2f} M parameters | {device}, "
           f"{threads} thread{'s' * (threads > 1)} | seed {config.seed} | {config.steps} steps x "
           f"{config.prompts_per_step} prompts x {config.group_size} rollouts\n"
-          "The loss is not printed: with one update a batch its value says nothing about progress.", flush=True)
+          "The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
 
 
 def table(rows: list[list], head: list[str]) -> str:

@@ -244,7 +244,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
     for flag, out in (("--teacher", "a"), ("--model", "b")):
         argv = [flag, str(tmp_path / "other"), "--out", str(tmp_path / out), *SMALL]
         assert "different tokenizers" in refused(sod.main, argv)
-    assert "no file" in refused(sod.main, ["--data", "nothing.jsonl", "--out", str(tmp_path / "c")])
+    assert "No such file" in refused(sod.main, ["--data", "nothing.jsonl", "--out", str(tmp_path / "c")])
     assert "timeout_rate" in refused(sod.main, ["--timeout_rate", "1.5"])
     assert "--compare and --explain" in refused(sod.main, ["--explain", "--compare"])
     (tmp_path / "d.jsonl").write_text('{"question": "1+1", "answer": "2"}\n' * 3)

@@ -229,7 +229,8 @@ def test_teacher_prompt(base, batch):
 
 def test_over_long_teacher_prompts_are_counted_and_go_to_grpo(base, batch):
     grad, log = gradients(base, batch, max_prompt_tokens=5)
-    assert log["too_long"] > 0 == log["routed"] and torch.equal(grad, gradients(base, batch, method="grpo")[0])
+    assert log["too_long"] > 0 == log["routed"]
+    assert torch.equal(grad, gradients(base, batch, method="grpo")[0])
     assert gradients(base, batch)[1]["too_long"] == 0
 
 
@@ -327,8 +328,8 @@ def run(folder, *flags):
     """One run on the small base, in process; returns its summary and its log."""
     srpo.main(["--out", str(folder), "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "24",
                "--eval_tasks", "30", "--eval_every", "0", "--gate_tasks", "0", *flags])
-    steps = [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "eval" not in r]
-    return json.loads((folder / "summary.json").read_text()), steps
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return json.loads((folder / "summary.json").read_text()), [r for r in records if "eval" not in r]
 
 
 @pytest.mark.parametrize("flags", [
@@ -410,19 +411,6 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     (["--data", "none.json"], "none.json"), (["--distil", "all"], "--distil"), (["--beta", "nan"], "--beta")])
 def test_bad_input_is_one_sentence(flags, words, refused, tmp_path):
     assert words in refused(srpo.main, ["--out", str(tmp_path / "r"), *flags])
-
-
-def test_choice_letters_in_the_paper_s_format(tmp_path):
-    rows = [{"prompt": f"Question {i}?\nA: 1\nB: 2", "answer": "B",
-             "system": "Answer in <answer> tags.", "kind": "mcq"} for i in range(12)]
-    (tmp_path / "mcq.json").write_text("\n".join(map(json.dumps, rows)))
-    train, _ = common.load_tasks(str(tmp_path / "mcq.json"), 4)
-    right = "<reasoning>\nA or B\n</reasoning>\n<answer>\nB\n</answer>"
-    assert common.is_correct(right, train[0].answer)
-    for wrong in ("<answer>A</answer>", "B or A", "<answer>B", "<answer>BB</answer>",
-                  "<answer>A and B</answer>"):
-        assert not common.is_correct(wrong, train[0].answer), wrong
-    assert [m["role"] for m in srpo.reprompt(train[0].messages, right)] == ["system", "user"]
 
 
 def test_as_a_command():
