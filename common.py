@@ -207,7 +207,7 @@ def tiny_model(tok, seed: int, hidden_size: int = 64, layers: int = 2) -> Qwen3F
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """`with replacing(path) as file:` write `file`; then it takes the place of `path`, all of it or nothing."""
+    """`with replacing(path) as file:` write `file`; at the end it takes the place of `path` at one blow."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     yield temporary
     os.replace(temporary, path)
@@ -401,19 +401,14 @@ def row_to_task(row: dict, where: str) -> Task:
     columns = row if isinstance(row, dict) else {}
     question, answer = (next((columns[name] for name in names if columns.get(name) not in (None, "")), None)
                         for names in (("question", "problem", "prompt"), ("answer", "solution")))
-    if not question or answer is None:
-        fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt, "
-             "and answer or solution; rename them")
-    messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
-    if columns.get("system"):
-        messages = [{"role": "system", "content": columns["system"]}, *messages]
-    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages) or (
-            messages[-1].get("role") != "user"):
-        fail(f"{where}: a question is a text, or a list of messages with role and content (texts), "
-             "the last of them the user's; repair or remove it")
-    if not any("boxed" in m["content"] or "<answer>" in m["content"] for m in messages):
-        text = messages[-1]["content"] + "\n\nPut the final answer in \\boxed{}."
-        messages = [*messages[:-1], {"role": "user", "content": text}]
+    if not isinstance(question, str) or answer is None:
+        fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt (a text), "
+             "and answer or solution")
+    system = columns.get("system") or ""
+    if not any(mark in system + question for mark in ("boxed", "<answer>")):
+        question += "\n\nPut the final answer in \\boxed{}."
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
     return Task(messages, final_answer(str(answer)) or str(answer).strip())
 
 

@@ -44,7 +44,6 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -238,9 +237,7 @@ def load_student(config, device):
 
 def load_teacher(config, tok, device):
     """The tiny teacher is fitted on nearly clean demonstrations and then improved with GRPO, as in the paper.
-
-    Unless it `knows` them, there are no time-outs in either phase.
-    """
+    Unless it `knows` them, there are no time-outs in either phase."""
     if config.teacher != "tiny":
         teacher, teacher_tok = common.load_model(config.teacher, device, trainable=False)
         common.check_same_tokenizer(tok, teacher_tok)
@@ -316,22 +313,18 @@ def train(config: Config) -> dict:
         scored = time.time()
         norm = common.update(student, optimizer, rollouts, advantages, config, step)
 
-        log_step(run, step, started, rollouts, reward, advantages, teacher_logps, weights, norm,
-                 {"rollout_seconds": sampled - started, "score_seconds": scored - sampled})
+        tokens, statuses = rollouts.mask.sum(), sum(rollouts.tool_status, [])
+        failed = [status != "ok" for status in statuses if status != "none"]
+        run.step(step + 1, started, {
+            "solved": float(reward.mean()), "|A|": float(advantages.abs().sum() / tokens),
+            "kl(teacher)": float(((logps - teacher_logps) * rollouts.mask).sum() / tokens),
+            "weight": float(weights.sum() / tokens), "turns": len(statuses) / len(reward),
+            "failed calls": float(np.mean(failed or [0])), **run.watch(rollouts, reward, norm)},
+            rollout_seconds=sampled - started, score_seconds=scored - sampled)
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {common.transcript(tok, rollouts, 0)}")
         run.end_step(step + 1, measure)
     return run.finish(student, tok, measure)
-
-
-def log_step(run, step, started, rollouts, reward, advantages, teacher_logps, weights, norm, seconds) -> None:
-    tokens = rollouts.mask.sum()
-    failed = [status != "ok" for row in rollouts.tool_status for status in row if status != "none"]
-    run.step(step + 1, started, {
-        "solved": float(reward.mean()), "|A|": float(advantages.abs().sum() / tokens),
-        "kl(teacher)": float(((rollouts.logps - teacher_logps) * rollouts.mask).sum() / tokens),
-        "weight": float(weights.sum() / tokens), "turns": float(np.mean([len(s) for s in rollouts.steps])),
-        "failed calls": float(np.mean(failed or [0])), **run.watch(rollouts, reward, norm)}, **seconds)
 
 
 def compare(config: Config) -> None:

@@ -473,10 +473,7 @@ def test_bad_data_is_refused_in_one_sentence(tmp_path, refused, monkeypatch):
     assert "too few" in why("d.jsonl", good) and "too few" in why("e.jsonl", "")
     assert "line 4" in why("f.json", '[\n{"question": "q"},\n{"question"\n]')
     assert "utf-8" in why("g.jsonl", "{}\n\xe9".encode("latin-1"))
-    for n, question in enumerate(([{"role": "user"}], ["hi"], [{"role": "user", "content": None}], {"a": 1},
-                                  [{"role": "assistant", "content": "x"}])):
-        row = json.dumps({"question": question, "answer": "1"})
-        assert "row 1: a question is" in why(f"m{n}.jsonl", row)
+    assert "a text" in why("m.jsonl", '{"question": ["hi"], "answer": "1"}')
     few = "".join(good.replace('"q"', f'"q{i}"') for i in range(20))
     assert "--prompts_per_step" in why("few.jsonl", few, 10, a_step=16)
     assert "cannot read" in why("x.parquet", "no parquet") and "'bar'" in why("h.csv", "foo,bar\n1,2\n")
