@@ -61,7 +61,6 @@ def fail(message: str) -> NoReturn:
 
 def command(main: Callable) -> Callable:
     """Decorates a script's `main`: what may happen at any time ends in one sentence, too."""
-    @functools.wraps(main)
     def guarded(argv=None):
         try:
             return main(argv)
@@ -137,7 +136,7 @@ progress = functools.partial(tqdm, mininterval=1, leave=False, disable=None)
 
 
 def setup(config) -> torch.device:
-    """Device and threads. Tiny models get one thread: more are slow on a busy machine, and one is repeatable."""
+    """Device and threads. One thread for tiny models: more are slow on a busy machine, one is repeatable."""
     if config.threads or config.model == "tiny":
         torch.set_num_threads(config.threads or 1)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -209,7 +208,7 @@ def tiny_model(tok, seed: int, hidden_size: int = 64, layers: int = 2) -> Qwen3F
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """`with replacing(path) as file:` write `file`; then it takes the place of `path`, whole or not at all."""
+    """`with replacing(path) as file:` write `file`; at the end it takes the place of `path` at one blow."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     yield temporary
     os.replace(temporary, path)
@@ -217,38 +216,30 @@ def replacing(path: Path):
 
 def cached(model, key, build: Callable, fresh: bool = False):
     """Loads `model`'s weights from the cache, or calls `build()`, which trains it in place, and stores them.
-
-    `key` is what the weights depend on (anything json can write). A damaged file is rebuilt with a warning.
-    """
+    key: what the weights depend on (anything json can write)."""
     key = json.dumps([key, model.config.to_dict(), torch.__version__, transformers.__version__], default=str)
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "four-papers"
     path = root / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
     if path.exists() and not fresh:
-        try:
-            model.load_state_dict(torch.load(path, weights_only=True))
-            return model.eval()
-        except Exception as error:  # torch, pickle and zipfile each have their own error for a damaged file
-            print(f"warning: cached model {path.name} is damaged ({type(error).__name__}); fitting it again")
-    build()
-    root.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        torch.save(model.state_dict(), file)
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        build()
+        root.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            torch.save(model.state_dict(), file)
     return model.eval()
 
 
-def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e-3, seed: int = 0,
-             fresh: bool = False):
-    """Next-token fit of a tiny model on demonstrations; cached.
-
-    docs: list of (ids, mask), lists of equal length; the loss is on the tokens with mask 1, as in SFT.
-    """
+def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
+    """Next-token fit of a tiny model on demonstrations; cached. docs: list of (ids, mask), lists of equal
+    length; the loss is on the tokens with mask 1, as in SFT."""
     def build():
         rng, batches = random.Random(seed), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, (steps - s) / steps))
         model.train()
         for _ in progress(range(steps), desc=f"fitting {name}"):
-            batches = batches or length_buckets(docs, batch, rng)
+            batches = batches or length_buckets(docs, 32, rng)
             rows = batches.pop()
             ids, mask = (padded([docs[i][j] for i in rows], 0) for j in (0, 1))     # (B, T) each
             # Right padding needs no attention mask under causal attention: no real token can look at a pad.
@@ -260,7 +251,7 @@ def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e
             ramp.step()
 
     digest = hashlib.sha256(json.dumps(docs).encode()).hexdigest()
-    return cached(model, ["fit", digest, steps, batch, lr, seed], build, fresh)
+    return cached(model, ["fit", digest, steps, 32, lr, seed], build, fresh)
 
 
 def length_buckets(docs, batch: int, rng) -> list[list[int]]:
@@ -295,8 +286,8 @@ def load_model(name: str, device, trainable: bool = True):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=offline)
     except (OSError, ValueError) as error:
         reason = "no network" if offline and not Path(name).exists() else str(error).strip().splitlines()[0]
-        fail(f"cannot load the model '{name}' ({reason}); give a model folder, 'tiny' where the script has it, "
-             "or, with a network, a Hugging Face id")
+        fail(f"cannot load the model '{name}' ({reason}); "
+             "give 'tiny' (a script's default), a model's folder or, with a network, a Hugging Face id")
     if tok.chat_template is None:
         fail(f"the tokenizer of '{name}' has no chat template; take an instruction-tuned model")
     tok.pad_token = tok.pad_token or tok.eos_token
@@ -388,45 +379,37 @@ def read_rows(source: str) -> list[dict]:
         config = "main" if "main" in configs else configs[0]
         return list(datasets.load_dataset(source, config, split="train"))
     except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
-        fail(f"cannot read the dataset '{source}' ({type(error).__name__}); --data is 'chain', a jsonl, json, "
-             "csv or parquet file, or, with a network, a hub id")
+        fail(f"cannot read the dataset '{source}' ({type(error).__name__}); give 'chain', a jsonl, json, csv "
+             "or parquet file, or, with a network, a hub id")
 
 
 def read_json(path: Path) -> list[dict]:
     """Not through `datasets`, which would not name a bad line."""
+    rows, number = [], 0
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {path} ({error}); --data wants a text file in UTF-8")
-    rows, lines = [], [(1, text)] if text.lstrip().startswith("[") else enumerate(text.split("\n"), 1)
-    for number, line in lines:
-        try:
-            found = json.loads(line) if line.strip() else []
-        except json.JSONDecodeError as error:
-            number += error.lineno - 1
-            fail(f"{path}, line {number}: not valid JSON ({error.msg}); repair or remove it")
-        rows += found if isinstance(found, list) else [found]
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        for number, line in enumerate(text.split("\n"), 1):
+            rows += [json.loads(line)] if line.strip() else []
+    except (OSError, ValueError) as error:  # no such file, not in UTF-8, not JSON
+        fail(f"cannot read {path}{f', line {number}' * bool(number)} ({error}); check --data")
     return rows
 
 
 def row_to_task(row: dict, where: str) -> Task:
     """One dataset row -> Task. Columns: question, problem or prompt; answer or solution; optional system."""
     columns = row if isinstance(row, dict) else {}
-    question = next((columns[c] for c in ("question", "problem", "prompt") if columns.get(c)), None)
-    answer = next((columns[c] for c in ("answer", "solution") if columns.get(c) not in (None, "")), None)
-    if question is None or answer is None:
-        fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt, "
-             "and answer or solution; rename them")
-    messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
-    if columns.get("system"):
-        messages = [{"role": "system", "content": columns["system"]}, *messages]
-    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages) or (
-            messages[-1].get("role") != "user"):
-        fail(f"{where}: a question is a text, or a list of messages with role and content (texts), "
-             "the last of them the user's; repair or remove it")
-    if not any("boxed" in m["content"] or "<answer>" in m["content"] for m in messages):
-        text = messages[-1]["content"] + "\n\nPut the final answer in \\boxed{}."
-        messages = [*messages[:-1], {"role": "user", "content": text}]
+    question, answer = (next((columns[name] for name in names if columns.get(name) not in (None, "")), None)
+                        for names in (("question", "problem", "prompt"), ("answer", "solution")))
+    if not isinstance(question, str) or answer is None:
+        fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt (a text), "
+             "and answer or solution")
+    system = columns.get("system") or ""
+    if not any(mark in system + question for mark in ("boxed", "<answer>")):
+        question += "\n\nPut the final answer in \\boxed{}."
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
     return Task(messages, final_answer(str(answer)) or str(answer).strip())
 
 
@@ -441,7 +424,8 @@ def final_answer(text: str) -> str | None:
             if depth == 0:
                 return inside[:i].strip()
         return None
-    for pattern in (r"<answer>(.*?)</answer>", r"####\s*([^\n]+)", r"\A\s*([A-Z]|[-+$]?[\d.,]*\d%?)\.?\s*\Z"):
+    number_or_letter = r"\A\s*([A-Z]|[-+$]?[\d.,]*\d%?)\.?\s*\Z"
+    for pattern in (r"<answer>(.*?)</answer>", r"####\s*([^\n]+)", number_or_letter):
         if found := re.findall(pattern, text, re.DOTALL):
             return found[-1].strip()
     return None
@@ -670,8 +654,7 @@ class Row:
 
 @torch.no_grad()
 def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None, max_new_tokens: int = 256,
-            max_turns: int = 8, temperature: float = 1.0, top_p: float = 1.0, generator=None,
-            thinking: bool = False) -> Rollouts:
+            max_turns: int = 8, temperature: float = 1.0, generator=None, thinking: bool = False) -> Rollouts:
     """Samples group_size trajectories a task, all in one batch with one KV cache.
 
     In each column every row either *samples* its next token or, while ids are queued for it (a tool's answer
@@ -695,7 +678,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
     rows = [Row() for _ in range(len(tasks) * group_size)]
     batch = rows  # the rows that are still being decoded, in the order of the cache
     while True:
-        token, logp, entropy = choose(logits.float(), temperature, top_p, generator)        # (n,) each
+        token, logp, entropy = choose(logits.float(), temperature, generator)               # (n,) each
         queued = [row.queue.popleft() if row.queue else -1 for row in batch]
         forced = torch.tensor(queued, device=device)                                        # (n,)
         token = torch.where(forced >= 0, forced, token)  # (n,) every row drew; a queued id overrules the draw
@@ -759,18 +742,17 @@ def pack(tok, prompts, rows: list[Row], group_size: int, device) -> Rollouts:
         steps=[step_spans(m) for m in mask.tolist()], tool_status=[row.status for row in rows])
 
 
-def choose(logits, temperature: float, top_p: float, generator):
-    """logits (n, V) -> token, its log-prob, entropy, each (n,). Temperature 0 is greedy. top_p < 1 only for
-    evaluation: a policy sampled with top_p but scored without it is trained on the wrong ratio."""
+def choose(logits, temperature: float, generator):
+    """logits (n, V) -> token, its log-prob, entropy in nats, each (n,). Temperature 0 is greedy."""
     logps = torch.log_softmax(logits / (temperature or 1.0), -1)                    # (n, V)
     probs = logps.exp()                                                             # (n, V)
-    entropy = -(probs * logps).nan_to_num().sum(-1)
-    if top_p < 1:  # a token stays while those before it hold less than top_p
-        ranked, order = probs.sort(-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     token = logits.argmax(-1) if temperature == 0 else torch.multinomial(probs, 1, generator=generator)[:, 0]
-    return token, logps.gather(1, token[:, None])[:, 0], entropy
+    return token, logps.gather(1, token[:, None])[:, 0], entropy_of(logps)
+
+
+def entropy_of(logps):
+    """H = -sum_v p(v) log p(v), (n, V) -> (n,) nats; 0 log 0 = 0."""
+    return -(logps.exp() * logps).nan_to_num().sum(-1)
 
 
 def padded(sequences, value, left: bool = False, device=None, dtype=torch.long):
@@ -794,11 +776,10 @@ def step_spans(mask: list[int]) -> list[tuple[int, int]]:
 
 def rewards(rollouts: Rollouts, tasks: list[Task]):
     """1.0 for a finished rollout whose last turn holds the right answer, else 0.0: (B,)."""
-    each = len(rollouts.texts) // len(tasks)
-    answers = [task.answer for task in tasks for _ in range(each)]
-    done = rollouts.finished.tolist()
-    return torch.tensor([float(d and is_correct(text, answer)) for text, d, answer
-                         in zip(rollouts.texts, done, answers)], device=rollouts.ids.device)
+    group_size = len(rollouts.texts) // len(tasks)
+    right = [done and is_correct(text, tasks[i // group_size].answer)
+             for i, (text, done) in enumerate(zip(rollouts.texts, rollouts.finished.tolist()))]
+    return torch.tensor(right, dtype=torch.float, device=rollouts.ids.device)
 
 
 def transcript(tok, rollouts: Rollouts, row: int) -> str:
@@ -830,19 +811,26 @@ def hidden_at(model, ids, attention_mask, mask):
     return hidden[:, :-1][mask[:, 1:].bool()]
 
 
+def lm_head(head) -> Callable:
+    """The head as a function hidden (n, H) -> logits (n, V) in fp32; its weights are cast once, here."""
+    dtype = torch.bfloat16 if mixed_precision(head.weight.device) else head.weight.dtype
+    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    # .float(): a softmax in bf16 would lose the small probabilities
+    return lambda hidden: F.linear(hidden.to(dtype), weight, bias).float()
+
+
 def over_vocab_chunks(hidden, head, fn, *rows):
     """fn(logits (n, V), *rows (n, ...)) -> tensor (n,) or tuple of them, over chunks of tokens, concatenated.
 
     (tokens x vocabulary) logits never exist at once: a chunk holds CHUNK_LOGITS of them, and under gradients
     it is computed again in the backward pass. hidden (N, H); head: language-model head; rows: N entries each.
     """
-    dtype = torch.bfloat16 if hidden.is_cuda else hidden.dtype  # cast once here, not in every chunk
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    logits = lm_head(head)
 
-    def one(h, *r):  # .float(): a softmax in bf16 would lose the small probabilities
-        return fn(F.linear(h.to(dtype), weight, bias).float(), *r)
+    def one(h, *r):                                                                 # (n, H), (n, ...)
+        return fn(logits(h), *r)
 
-    size = max(1, CHUNK_LOGITS // weight.shape[0])
+    size = max(1, CHUNK_LOGITS // head.weight.shape[0])
     chunks = list(zip(*(x.split(size) for x in (hidden, *rows))))
     recompute = torch.is_grad_enabled() and len(chunks) > 1
     pieces = [checkpoint(one, *c, use_reentrant=False) if recompute else one(*c) for c in chunks]
@@ -858,11 +846,7 @@ def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with
     def fn(logits, target):                                                         # (n, V), (n,)
         logits = logits / temperature
         logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)        # (n,)
-        if not with_entropy:
-            return logp
-        with torch.no_grad():
-            every = logits.log_softmax(1)                                           # (n, V)
-            return logp, -(every.exp() * every).nan_to_num().sum(1)
+        return (logp, entropy_of(logits.detach().log_softmax(1))) if with_entropy else logp
 
     def spread(values):                                                             # (N,) -> (B, T)
         return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask.bool(), values)
@@ -873,11 +857,11 @@ def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with
 
 
 def micro_batches(rollouts: Rollouts, rows: list[int], size: int):
-    """Yields (some of `rows`, the columns they use): similar lengths together, the longest first, so that
-    memory runs out in the first step or never. size 0 = all rows at once."""
+    """Splits `rows` into lists of at most `size` (0: all), each with the columns it uses. Similar lengths
+    together and the longest first, so that memory runs out in the first step or never."""
     size, lengths = size or len(rows), rollouts.attention_mask.sum(1).tolist()
     rows = sorted(rows, key=lambda i: -lengths[i])
-    for i in range(0, len(rows), size):
+    for i in range(0, len(rows), size or 1):
         used = rollouts.attention_mask[rows[i:i + size]].any(0).nonzero()
         yield rows[i:i + size], slice(int(used[0]), int(used[-1]) + 1)
 
@@ -886,17 +870,17 @@ def micro_batches(rollouts: Rollouts, rows: list[int], size: int):
 def score(model, rollouts: Rollouts, temperature: float = 1.0, micro_batch: int = 0):
     """token_logps and entropies of whole rollouts, without gradient, in micro-batches: two tensors (B, T)."""
     logps, entropy = torch.zeros_like(rollouts.logps), torch.zeros_like(rollouts.logps)
-    for part, columns in micro_batches(rollouts, list(range(len(rollouts.ids))), micro_batch):
-        logps[part, columns], entropy[part, columns] = token_logps(
-            model, rollouts.ids[part, columns], rollouts.attention_mask[part, columns],
-            rollouts.mask[part, columns], temperature, with_entropy=True)
+    for batch in micro_batches(rollouts, range(len(rollouts.ids)), micro_batch):  # batch = (rows, columns)
+        logps[batch], entropy[batch] = token_logps(
+            model, rollouts.ids[batch], rollouts.attention_mask[batch], rollouts.mask[batch], temperature,
+            with_entropy=True)
     return logps, entropy
 
 
 def rescore(model, rollouts: Rollouts, config) -> None:
-    """On CUDA, replaces the sampler's log-probs by the scorer's: their bf16 kernels differ by about 1e-2, and
-    the ratio of an unchanged policy must be 1. On CPU, in fp32, the two agree, so nothing is done."""
-    if rollouts.ids.is_cuda:
+    """In bf16, replaces the sampler's log-probs by the scorer's: their kernels differ by about 1e-2, and the
+    ratio of an unchanged policy must be 1. In fp32 the two agree, so nothing is done."""
+    if mixed_precision(rollouts.ids.device):
         rollouts.logps, rollouts.entropy = score(model, rollouts, config.temperature, config.micro_batch)
 
 
@@ -962,12 +946,11 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
         if not (advantages[rows] * rollouts.mask[rows]).any():
             continue  # no signal: not even Adam's momentum may move the weights
         tokens = rollouts.mask[rows].sum()  # one denominator: the micro-batches add up to the whole gradient
-        for part, columns in micro_batches(rollouts, rows.tolist(), config.micro_batch):
-            mask = rollouts.mask[part, columns]                                     # (b, t)
-            logps = token_logps(student, rollouts.ids[part, columns], rollouts.attention_mask[part, columns],
-                                mask, config.temperature)                           # (b, t)
-            policy_loss(logps, rollouts.logps[part, columns], advantages[part, columns], mask,
-                        denominator=tokens).backward()
+        for batch in micro_batches(rollouts, rows.tolist(), config.micro_batch):    # (rows, columns)
+            mask = rollouts.mask[batch]                                             # (b, t)
+            logps = token_logps(student, rollouts.ids[batch], rollouts.attention_mask[batch], mask,
+                                config.temperature)                                 # (b, t)
+            policy_loss(logps, rollouts.logps[batch], advantages[batch], mask, denominator=tokens).backward()
         norm = apply_gradients(student, optimizer, step, base_lr(config))
     student.eval()
     return norm
@@ -1010,8 +993,8 @@ FREE_FLAGS = {"steps", "out", "resume", "overwrite", "threads", "save_every", "s
 
 
 def changed_flags(recorded: dict, config) -> list[str]:
-    """Names of the flags of an earlier run that `config` has otherwise."""
-    return [k for k, v in recorded.items() if k not in FREE_FLAGS and v != getattr(config, k, v)]
+    """The flags of an earlier run that are different now."""
+    return [f"--{k}" for k, v in recorded.items() if k not in FREE_FLAGS and v != getattr(config, k, v)]
 
 
 class Run:
@@ -1019,36 +1002,30 @@ class Run:
 
     def __init__(self, config, script: str):
         self.config, self.began, self.interrupted = config, time.time(), False
-        self.warned, self.latest = set(), (None, {})  # warnings given, last evaluation and its step
+        self.warned, self.latest = set(), (None, {})  # warnings given; the last evaluation, and when
         self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
         self.folder = run_folder(config, script)
-        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "state.pt"
+        exists = self.folder.exists() and any(self.folder.iterdir())
         if config.resume:
-            self.state = self._load_state()
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            if not config.overwrite:
-                resume = "--resume to go on, " if (self.folder / "state.pt").exists() else ""
-                fail(f"{self.folder} exists; add {resume}--overwrite to replace it, or another --out")
-            if not self.metrics.exists():
-                fail(f"{self.folder} does not look like a run, so it is not overwritten; give another --out")
+            self._load_state()
+        elif exists and not config.overwrite:
+            fail(f"{self.folder} exists; add --overwrite to replace it, --resume to go on, or another --out")
+        elif exists and not self.metrics.exists():
+            fail(f"{self.folder} does not look like a run, so it is not overwritten; give another --out")
 
-    def _load_state(self) -> dict:
-        path = self.folder / "state.pt"
-        if not path.exists() or not self.metrics.exists():
+    def _load_state(self) -> None:
+        if not self.checkpoint.exists() or not self.metrics.exists():
             fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # see `cached`
-            fail(f"the checkpoint {path} is damaged ({type(error).__name__}); start again with --overwrite")
-        if changed := changed_flags(state["config"], self.config):
-            fail(f"{self.folder} was begun with other flags: {', '.join('--' + k for k in changed)}; "
-                 "go on with the same, or start again with --overwrite")
-        self.notes = state["notes"]
+        self.state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        if changed := changed_flags(self.state["config"], self.config):
+            fail(f"{self.folder} was begun with other flags ({', '.join(changed)}); "
+                 "go on with the same ones, or start again with --overwrite")
+        self.notes = self.state["notes"]
         self.began -= self.notes["seconds"]  # the time before the stop counts too
         # What came after the checkpoint is done again; a kill may have left half a line, which has no "}".
         lines = [x for x in self.metrics.read_text().splitlines() if x.endswith("}") and '"after"' not in x]
         self.kept = [line for line in lines if json.loads(line).get("step", 0) <= self.notes["step"]]
-        return state
 
     def track(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
         """Says what a checkpoint must hold, restores it on --resume, and returns the first step to do.
@@ -1079,14 +1056,14 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def end_step(self, step: int, measure: Callable[[], dict]) -> None:
-        """Evaluation and checkpoint, where they are due. The checkpoint replaces the last one."""
+        """Evaluation and checkpoint, where they are due. A checkpoint replaces the one before."""
         config, self.notes["step"] = self.config, step
         if config.eval_every and step % config.eval_every == 0:
             self.evaluated(step, measure())
         due = config.save_every and (step % config.save_every == 0 or step == config.steps)
         if due or self.interrupted:
             self.notes["seconds"] = time.time() - self.began
-            with replacing(self.folder / "state.pt") as file:
+            with replacing(self.checkpoint) as file:
                 torch.save({"notes": self.notes, "config": dataclasses.asdict(config),
                             "modules": [module.state_dict() for module in self.modules],
                             "generator": self.generator.get_state(),
@@ -1121,14 +1098,12 @@ class Run:
     def warn(self, text: str) -> None:
         """Each warning once."""
         if text not in self.warned:
-            self.warned.add(text)
             print(f"warning: {text}", flush=True)
+        self.warned.add(text)
 
     def watch(self, rollouts: Rollouts, reward, norm: float) -> dict:
-        """The figures that every step shows of its rollouts; warns of the usual reasons why nothing is learnt.
-
-        reward: (B,), or those of fewer whole groups. cut: share of rollouts that ran out of tokens or turns.
-        """
+        """Figures of a step's rollouts; warns of the usual reasons why nothing is learnt. reward: (B,), or
+        those of fewer whole groups. cut: the share that ran out of tokens or turns."""
         groups, tokens = reward.view(-1, self.config.group_size), rollouts.mask.sum()   # (groups, group_size)
         flat = int((groups.amax(1) == groups.amin(1)).sum())
         entropy, cut = float(rollouts.entropy.sum() / tokens), float((~rollouts.finished).float().mean())
@@ -1139,8 +1114,7 @@ class Run:
             self.warn("more than half of the rollouts did not finish and score 0; "
                       "raise --max_new_tokens or --max_turns")
         if entropy < 0.01:
-            self.warn("the policy's entropy is below 0.01: it writes the same text again and again; "
-                      "lower --lr")
+            self.warn("the entropy is below 0.01: the model writes the same text again and again; lower --lr")
         if not math.isfinite(norm):
             self.notes["skipped_steps"] += 1
             self.warn("the gradient is not finite; such steps are skipped and counted; lower --lr")
@@ -1150,11 +1124,10 @@ class Run:
     def finish(self, model, tok, measure: Callable[[], dict], **more) -> dict:
         """Last evaluation (unless the last step had one), model/, summary.json; returns the summary."""
         when, result = self.latest
-        after = result if when == self.notes["step"] > 0 else measure()
-        self.evaluated("after", after)
+        self.evaluated("after", result if when == self.notes["step"] > 0 else measure())
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.notes["seconds"] = time.time() - self.began
-        notes, before, config = self.notes, self.notes["before"], self.config
+        config, notes, after, before = self.config, self.notes, self.latest[1], self.notes["before"]
+        notes["seconds"] = time.time() - self.began
         summary = {
             "method": config.method, "seed": config.seed, "accuracy_before": before["accuracy"],
             "accuracy_after": after["accuracy"], "accuracy_best": notes["best"], "se": after["se"],
@@ -1163,8 +1136,7 @@ class Run:
             "length_after": after["length"], "skipped_steps": notes["skipped_steps"],
             "seconds": notes["seconds"], "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]),
             **more, "config": dataclasses.asdict(config),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                         "transformers": transformers.__version__}}
+            "versions": {module.__name__: module.__version__ for module in (torch, transformers)}}
         model.save_pretrained(self.folder / "model")
         tok.save_pretrained(self.folder / "model")
         with replacing(self.folder / "summary.json") as file:
@@ -1178,8 +1150,7 @@ def header(script: str, config, model, device) -> None:
     print(f"{script}  {config.method}  {config.model} model, {size:.2f} M parameters | {device}, "
           f"{threads} thread{'s' * (threads > 1)} | seed {config.seed} | {config.steps} steps x "
           f"{config.prompts_per_step} prompts x {config.group_size} rollouts\n"
-          "The loss is not printed: with one update a batch its value says nothing about progress.",
-          flush=True)
+          "The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
 
 
 def table(rows: list[list], head: list[str]) -> str:
@@ -1196,25 +1167,23 @@ def compared(train: Callable, config, variants: dict[str, dict], script: str) ->
     A table of hours may be stopped at any time: the next start takes the cells that are finished, and a cell
     in the middle goes on from its checkpoint. --overwrite starts anew.
     """
-    found = {name: [] for name in variants}
+    found, fresh = {name: [] for name in variants}, config.fresh
     for seed in range(config.seed, config.seed + config.seeds):
         for name, flags in variants.items():
-            folder = Path(config.out or f"runs/{script}-compare") / f"{re.sub('[^a-z0-9_]+', '-', name)}-s{seed}"
+            root, cell_name = config.out or f"runs/{script}-compare", re.sub("[^a-z0-9_]+", "-", name)
+            folder = Path(root, f"{cell_name}-s{seed}")
             state, summary = folder / "state.pt", folder / "summary.json"
             cell = dataclasses.replace(config, **{
-                "seed": seed, "out": str(folder), "plot": [], "show_every": 0, "fresh": False, **flags})
-            if config.fresh and not any(found.values()):
-                cell.fresh = True  # the tiny models are fitted again once, not for every cell
+                "seed": seed, "out": str(folder), "show_every": 0, "fresh": fresh, **flags})
             print(f"\n{name}, seed {seed}", flush=True)
-            if summary.exists() and not config.overwrite:
-                done = json.loads(summary.read_text())
-                if done["config"]["steps"] == cell.steps and not changed_flags(done["config"], cell):
-                    print(f"taken from {folder}, finished earlier; --overwrite would train it again")
-                    found[name].append(done)
-                    continue
-            cell.resume = state.exists() and not config.overwrite
-            cell.overwrite = config.overwrite or not (state.exists() or summary.exists())
-            found[name].append(train(cell))
+            done = json.loads(summary.read_text()) if summary.exists() and not config.overwrite else None
+            if done and done["config"]["steps"] == cell.steps and not changed_flags(done["config"], cell):
+                print(f"taken from {folder}, where it was finished earlier; --overwrite trains it again")
+            else:
+                cell.resume = state.exists() and not config.overwrite
+                cell.overwrite = config.overwrite or not (state.exists() or summary.exists())
+                done, fresh = train(cell), False  # the tiny models are fitted anew once, not for every cell
+            found[name].append(done)
     return found
 
 
@@ -1229,40 +1198,30 @@ def seed_table(found: dict[str, list[dict]], columns: dict[str, str]) -> str:
     return table(rows, ["method", *columns.values()])
 
 
-def draw(png: str, panels: list[tuple[str, list]]) -> None:
-    """Panels side by side in one PNG: [(title, [(label, x values, y values), ...]), ...], over the step."""
+def plot_runs(png: str, folders: list) -> None:
+    """Accuracy, solved share, entropy and response length of run folders over the step, in one PNG."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.5))
-    for axis, (title, curves) in zip(axes, panels):
-        axis.set(title=title, xlabel="step")
-        for label, x, y in curves:
-            axis.plot(x, y, "o-" if len(x) < 20 else "-", label=label)
+    titles = {"accuracy": "held-out accuracy, T = 1", "solved": "solved (training batch)",
+              "entropy": "entropy (nats)", "length": "sampled tokens a rollout"}
+    figure, axes = plt.subplots(1, len(titles), figsize=(16, 3.5))
+    for folder in map(Path, folders):
+        if not (folder / "metrics.jsonl").exists():
+            fail(f"{folder} is not a run's folder (it has no metrics.jsonl); check --plot")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines if line.endswith("}")]  # while it runs, one may be half
+        when = {"before": 0, "after": max(r.get("step", 0) for r in records)}
+        for axis, (key, title) in zip(axes, titles.items()):
+            points = [(when.get(r.get("eval"), r.get("step")), r[key]) for r in records
+                      if key in r and ("eval" in r) == (key == "accuracy")]
+            axis.plot(*zip(*points), "o-" if key == "accuracy" else "-", label=folder.name)
+            axis.set(title=title, xlabel="step")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(png, dpi=120)
     plt.close(figure)
     print(f"wrote {png}")
-
-
-def plot_runs(png: str, folders: list) -> None:
-    """Accuracy, solved share, entropy and response length of one or more run folders, in one PNG."""
-    titles = {"accuracy": "held-out accuracy, T = 1", "solved": "solved (training batch)",
-              "entropy": "entropy (nats)", "length": "sampled tokens a rollout"}
-    curves = {key: [] for key in titles}
-    for folder in map(Path, folders):
-        try:
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-        except OSError:
-            fail(f"{folder} is not a run's folder (it has no metrics.jsonl); check --plot")
-        records = [json.loads(line) for line in lines if line.endswith("}")]  # while it runs, one may be half
-        when = {"before": 0, "after": max((r.get("step", 0) for r in records), default=0)}
-        for key, found in curves.items():
-            some = [r for r in records if key in r and ("eval" in r) == (key == "accuracy")]
-            x = [when.get(r["eval"], r["eval"]) if key == "accuracy" else r["step"] for r in some]
-            found.append((folder.name, x, [r[key] for r in some]))
-    draw(png, [(title, curves[key]) for key, title in titles.items()])
 
 
 def train_and_plot(config, train: Callable, script: str) -> None:
@@ -1464,10 +1423,10 @@ def worked_solution(rng, task: Task, wrong: float = 0.0) -> str:
     value, modulus, steps = parse_chain(task.messages[-1]["content"])
     parts = []
     for label, operation, operand in steps:
-        right = APPLY[operation](value, operand) % modulus
-        result = rng.randrange(modulus) if rng.random() < wrong else right
-        parts.append(f"{label}{value}{operation}{operand}={result}")
-        value = result
+        before, value = value, APPLY[operation](value, operand) % modulus
+        if rng.random() < wrong:
+            value = rng.randrange(modulus)
+        parts.append(f"{label}{before}{operation}{operand}={value}")
     return ", ".join(parts) + f". \\boxed{{{value}}}"
 
 

@@ -44,7 +44,6 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -238,9 +237,7 @@ def load_student(config, device):
 
 def load_teacher(config, tok, device):
     """The tiny teacher is fitted on nearly clean demonstrations and then improved with GRPO, as in the paper.
-
-    Unless it `knows` them, there are no time-outs in either phase.
-    """
+    Unless it `knows` them, there are no time-outs in either phase."""
     if config.teacher != "tiny":
         teacher, teacher_tok = common.load_model(config.teacher, device, trainable=False)
         common.check_same_tokenizer(tok, teacher_tok)
@@ -316,22 +313,18 @@ def train(config: Config) -> dict:
         scored = time.time()
         norm = common.update(student, optimizer, rollouts, advantages, config, step)
 
-        log_step(run, step, started, rollouts, reward, advantages, teacher_logps, weights, norm,
-                 {"rollout_seconds": sampled - started, "score_seconds": scored - sampled})
+        tokens, statuses = rollouts.mask.sum(), sum(rollouts.tool_status, [])
+        failed = [status != "ok" for status in statuses if status != "none"]
+        run.step(step + 1, started, {
+            "solved": float(reward.mean()), "|A|": float(advantages.abs().sum() / tokens),
+            "kl(teacher)": float(((logps - teacher_logps) * rollouts.mask).sum() / tokens),
+            "weight": float(weights.sum() / tokens), "turns": len(statuses) / len(reward),
+            "failed calls": float(np.mean(failed or [0])), **run.watch(rollouts, reward, norm)},
+            rollout_seconds=sampled - started, score_seconds=scored - sampled)
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {common.transcript(tok, rollouts, 0)}")
         run.end_step(step + 1, measure)
     return run.finish(student, tok, measure)
-
-
-def log_step(run, step, started, rollouts, reward, advantages, teacher_logps, weights, norm, seconds) -> None:
-    tokens = rollouts.mask.sum()
-    failed = [status != "ok" for row in rollouts.tool_status for status in row if status != "none"]
-    run.step(step + 1, started, {
-        "solved": float(reward.mean()), "|A|": float(advantages.abs().sum() / tokens),
-        "kl(teacher)": float(((rollouts.logps - teacher_logps) * rollouts.mask).sum() / tokens),
-        "weight": float(weights.sum() / tokens), "turns": float(np.mean([len(s) for s in rollouts.steps])),
-        "failed calls": float(np.mean(failed or [0])), **run.watch(rollouts, reward, norm)}, **seconds)
 
 
 def compare(config: Config) -> None:
@@ -425,32 +418,26 @@ def cascade(config: Config, count: int = 500) -> None:
     groups = {"clean": {r["i"] for r in records} - set(wrong),
               "wrong call at step 2": {i for i, k in wrong.items() if k == 1}}
 
-    def mean(key, some) -> float:
-        return float(np.mean([r[key] for r in some] or [math.nan]))
-
-    def by_step(key, rows):
-        return [mean(key, [r for r in records if r["i"] in rows and r["k"] == k]) for k in range(7)]
+    def mean(key, selected) -> str:
+        return f"{np.mean([r[key] for r in selected]):.2f}" if selected else "-"
 
     names = {"d": "d_k", "H": "teacher entropy", "w": "w_k", "teacher": "teacher's own call right"}
-    panels = [(name, [(group, range(1, 8), by_step(key, rows)) for group, rows in groups.items()])
-              for key, name in names.items()]
-    sizes = ", ".join(f"{group}: {len(rows)}" for group, rows in groups.items())
+    rows = [[f"{name}, {group}", *(mean(key, [r for r in records if r["i"] in members and r["k"] == k])
+                                   for k in range(7))]
+            for key, name in names.items() for group, members in groups.items()]
+    sizes = ", ".join(f"{group}: {len(members)}" for group, members in groups.items())
     print(f"\nby step, mean over trajectories ({sizes} of {count}; "
           "clean = every call right, time-outs repeated)")
-    print(common.table([[f"{name}, {group}", *(f"{v:.2f}".replace("nan", "-") for v in values)]
-                        for name, curves in panels for group, _, values in curves],
-                       ["", *(f"step {k + 1}" for k in range(7))]))
-    rows, keys = [], ("teacher", "right", "d", "H", "w")
+    print(common.table(rows, ["", *(f"step {k + 1}" for k in range(7))]))
+    rows = []
     for prefix in ("clean", "tool error", "silent error"):
-        some = [r for r in records if r["prefix"] == prefix and r["k"] > 0]
-        rows.append([prefix, len(some), *(f"{mean(key, some):.2f}" for key in keys)])
+        later = [r for r in records if r["prefix"] == prefix and r["k"] > 0]
+        rows.append([prefix, len(later), *(mean(key, later) for key in ("teacher", "right", "d", "H", "w"))])
     head = ["prefix", "steps", "teacher right", "student right", "d_k", "teacher entropy", "w_k"]
     print("\nby what stands before the step (steps 2, 3, ...)\n" + common.table(rows, head))
     lengths = Counter(Counter(r["i"] for r in records).values())
     print("\nsteps per trajectory: " + ", ".join(f"{k}: {n}" for k, n in sorted(lengths.items()))
           + " (with one step, SOD is OPD)")
-    if config.plot:
-        common.draw(config.plot[0], panels)
 
 
 def explain(config: Config) -> None:
@@ -459,15 +446,17 @@ def explain(config: Config) -> None:
     status, steps = rollouts.tool_status, rollouts.steps
     i = max(range(len(tasks)), key=lambda j: len(set(status[j])) + len(steps[j]) / 100)  # an eventful one
     rule, _, _ = METHODS[config.method]
-    weights = token_weights(rollouts.logps, teacher_logps, steps, status, rule, config.delta)
-    print(f"{tasks[i].messages[-1]['content']}\n{'token':<34} {'':<8} {'student':>8} {'teacher':>8} "
-          f"{'entropy':>8} {'weight':>7} {'w(q-s)':>7}")
-    end = rollouts.prompt_length + int(rollouts.attention_mask[i, rollouts.prompt_length:].sum())
-    for t in range(rollouts.prompt_length, end):
-        text = repr(tok.decode([int(rollouts.ids[i, t])]))[:34]
+    weights = token_weights(rollouts.logps, teacher_logps, steps, status, rule, config.delta)   # (B, T)
+    rows = []
+    for t in range(rollouts.prompt_length, len(rollouts.ids[i])):
+        token = repr(tok.decode([int(rollouts.ids[i, t])]))[:34]
         s, q, h, w = (float(x[i, t]) for x in (rollouts.logps, teacher_logps, teacher_entropy, weights))
-        print(f"{text:<34} sampled  {s:8.3f} {q:8.3f} {h:8.3f} {w:7.3f} {w * (q - s):+7.3f}"
-              if rollouts.mask[i, t] else f"{text:<34} given")
+        if rollouts.mask[i, t]:
+            rows.append([token, "sampled", s, q, h, w, w * (q - s)])
+        elif rollouts.attention_mask[i, t]:
+            rows.append([token, "given", *[""] * 5])
+    print(tasks[i].messages[-1]["content"])
+    print(common.table(rows, ["token", "", "student", "teacher", "entropy", "weight", "w(q-s)"]))
 
 
 @common.command
