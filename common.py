@@ -1277,6 +1277,7 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float,
     fixed = {"model": model_name or "default"}
     if json_object:
         fixed["response_format"] = {"type": "json_object"}
+    told = []  # the first thing that the server said instead of a reply
 
     def request(messages, sampling):
         """-> (text or None, what was said instead of a reply, would every other request fail too?)."""
@@ -1290,7 +1291,8 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float,
                 response = getattr(error, "response", None)
                 code = getattr(response, "status_code", None)
                 said = getattr(response, "text", "") or getattr(error, "doc", "") or str(error)
-                said = " ".join(f"{code or type(error).__name__} {said}".split())[:300]
+                said = f"{code or type(error).__name__} {said or f'nothing whole in {timeout:g} s'}"
+                said = " ".join(said.split())[:300]
                 # HTML, for example, or a URL that is none: what is not of these kinds is the network's.
                 unreadable = isinstance(error, (ValueError, TypeError, LookupError, AttributeError))
                 if code not in (408, 429) and (code < 500 if code else unreadable):
@@ -1304,10 +1306,13 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float,
         sampling = {"max_tokens": max_new_tokens, "temperature": temperature}
         with ThreadPoolExecutor(workers) as pool:
             replies = list(pool.map(lambda messages: request(messages, sampling), conversations))
-        for _, said, hopeless in replies:
-            if hopeless or first and said:  # said here and not in the threads, so once
+        for _, said, hopeless in replies:  # here and not in the threads: everything is said once
+            if hopeless or first and said:
                 fail(f"{url} gives no reply ({said}); check the server, the address, the model name "
                      f"'{model_name}' and ${api_key_env}")
+            if said and not told:
+                told.append(said)
+                print(f"warning: {url} gave no reply to a request ({said}); said only once", flush=True)
         return [text for text, _, _ in replies]
 
     chat([[{"role": "user", "content": "Reply with the JSON object {} and nothing else."}]], first=True)

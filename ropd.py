@@ -47,7 +47,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Callable, ClassVar, Literal
+from typing import Callable, ClassVar, Literal, Sequence
 
 import numpy as np
 import torch
@@ -235,14 +235,14 @@ def visible(text: str, limit: int = 6000) -> str:
 class Group:
     """One question, its answers as judges see them, and what the judges said."""
     question: str
-    teachers: list[str]           # the teacher's different answers
-    students: list[str]           # n rollouts
-    left_out: str = "teacher"     # which reply is missing: teacher, rubric, verdict; "" = none
+    teachers: list[str]               # the teacher's different answers
+    students: list[str]               # n rollouts
+    left_out: str = "teacher"         # which reply is missing: teacher, rubric, verdict; "" = none
     rubric: Rubric | None = None
-    rewards: list = ()            # one a rollout
-    verdicts: list = ()           # K booleans a rollout
-    teacher_rewards: list = ()    # these two are for the log alone
-    teacher_verdicts: list = ()
+    rewards: Sequence = ()            # one a rollout
+    verdicts: Sequence = ()           # K booleans a rollout
+    teacher_rewards: Sequence = ()    # these two are for the log alone
+    teacher_verdicts: Sequence = ()
     wrong_totals: int = 0
 
 
@@ -530,7 +530,7 @@ def train(config: Config) -> dict:
 
     first = run.track([student, optimizer], generator, rng)
     if not config.resume:
-        run.notes |= {"judge_calls": 0, "left_out": [], "aucs": [], "rewards": []}
+        run.notes |= {"judge_calls": 0, "left_out": [], "aucs": []}
         run.evaluated("before", measure())
         if config.model == "tiny" and config.data == "chain":
             print_gates(run.notes["before"]["greedy_accuracy"], held_out)
@@ -565,10 +565,8 @@ def train(config: Config) -> dict:
         if groups and config.show_every and step % config.show_every == 0:
             show_group(groups[0], correct[:n].tolist())
         run.end_step(step + 1, measure)
-    notes = run.notes
-    return run.finish(student, tok, measure, judge_calls=notes["judge_calls"],
-                      groups_left_out=sum(notes["left_out"]), auc_first_steps=mean(notes["aucs"][:5]),
-                      reward_last_steps=mean(notes["rewards"][-5:]))
+    return run.finish(student, tok, measure, judge_calls=run.notes["judge_calls"],
+                      groups_left_out=sum(run.notes["left_out"]), auc_first_steps=mean(run.notes["aucs"][:5]))
 
 
 def mean(values) -> float | None:
@@ -596,7 +594,6 @@ def log_step(run, step, started, rollouts, reward, correct, kept, groups, tally,
                     f"{reason}; take a stronger teacher or judge, or raise --reply_tokens")
     run.notes["judge_calls"] += tally["calls"]
     run.notes["left_out"].append(lost)
-    run.notes["rewards"] += [float(reward.mean())] if len(reward) else []
     run.notes["aucs"] += [ordered] if ordered is not None else []
     shown = {"reward": float(reward.mean()) if len(reward) else "-", "solved": float(correct.mean()),
              "auc": "-" if ordered is None else ordered, **run.watch(rollouts, reward, norm),
@@ -651,8 +648,8 @@ def compare(config: Config) -> None:
           f"standard deviation over {config.seeds} seeds; standard error of one about {start['se']:.3f}; "
           f"groups left out: {sum(run['groups_left_out'] for run in runs)}")
     print(common.seed_table(found, {
-        "accuracy_after": "T = 1", "greedy_after": "greedy", "reward_last_steps": "reward, last 5 steps",
-        "auc_first_steps": "AUC, first 5 steps", "seconds_per_step": "seconds a step"}))
+        "accuracy_after": "T = 1", "greedy_after": "greedy", "auc_first_steps": "AUC, first 5 steps",
+        "seconds_per_step": "seconds a step"}))
 
 
 @common.command

@@ -47,24 +47,6 @@ def test_advantages_are_centred_and_ignore_the_teacher():
         assert common.group_advantages(torch.tensor([0.7]), 1, std=std).tolist() == [0]
 
 
-@pytest.mark.parametrize("advantage, ratio, loss", [
-    (.5, 1.5, -.64), (.5, .5, -.25), (-.5, 1.5, .75), (-.5, .5, .40), (-.5, 4, 1.5)])
-def test_token_loss_worked_numbers(advantage, ratio, loss):
-    one = torch.ones(1, 1)
-    value = common.policy_loss(one * math.log(ratio), one * 0, one * advantage, one)
-    assert float(value) == pytest.approx(loss, abs=1e-6)
-
-
-def test_loss_is_a_mean_over_tokens():
-    logps = torch.zeros(2, 6, requires_grad=True)
-    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1] * 6])
-    loss = common.policy_loss(logps, torch.zeros(2, 6), torch.tensor([[.5], [-.5]]), mask)
-    loss.backward()
-    assert loss.item() == pytest.approx(.25)
-    assert logps.grad[0].tolist() == pytest.approx([-.0625, -.0625, 0, 0, 0, 0])
-    assert logps.grad[1].tolist() == pytest.approx([.0625] * 6)
-
-
 def test_auc():
     assert ropd.auc([.9, .8, .1], [1, 1, 0]) == 1
     assert ropd.auc([.5, .5, .1, .7], [1, 0, 0, 1]) == pytest.approx(3.5 / 4)
@@ -353,12 +335,9 @@ def quick(folder, **changes):
                           "eval_tasks": 10, **changes})
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def steps_of(folder):
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records(folder) if "reward" in r]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if "reward" in row]
 
 
 def test_training_improves_on_its_own_start(tiny, tmp_path, capsys):
@@ -397,7 +376,7 @@ def test_unreadable_groups_change_nothing(tiny, tmp_path, monkeypatch):
     saved = common.AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
     pairs = zip(start.parameters(), saved.parameters())
     assert all(torch.equal(a, b) for a, b in pairs)  # not even through Adam
-    assert summary["groups_left_out"] == 8 and summary["reward_last_steps"] is None
+    assert summary["groups_left_out"] == 8
     assert steps_of(tmp_path / "r")[0]["missing"] == {"rubric": 4}
 
 
