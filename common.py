@@ -1390,11 +1390,8 @@ def remembered(chat: Callable, path: Path, key) -> Callable:
     key: what else the replies depend on, the model for example. A conversation that stands several times in
     one call has several replies. None is not stored: perhaps only a server was out.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        memory, known = open(path, "a+b", buffering=0), {}  # one write a line: runs side by side do not mix
-    except OSError as error:
-        fail(f"cannot write {path} ({error.strerror}); give another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    memory, known = open(path, "a+b", buffering=0), {}  # one write a line: runs side by side do not mix
     memory.seek(0)
     for number, line in enumerate(memory.read().splitlines(), 1):
         try:

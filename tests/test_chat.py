@@ -230,4 +230,3 @@ def test_remembered(tmp_path, refused):
     for bad in ("{", "[]", '{"reply": 1}', "\xff"):
         path.write_bytes(good.encode() + bad.encode("latin-1"))
         assert "line 7" in refused(common.remembered, chat, path, {})
-    assert "cannot write" in refused(common.remembered, chat, tmp_path / "deep", {})
