@@ -30,9 +30,9 @@ Eq. 7 `step_weights`, Eq. 8-10 `sod_advantages`.
 
 Left out: distributed training, the sandbox service, overlong penalty, the gated OPD that the code never uses.
 
-Built into the toy: the student's demonstrations contain errors at the rates in `STUDENT`, more of them after
-a first one; the teacher's contain no time-out, so it does not know what to do after one. That is the paper's
-premise, put there by hand. --timeout_rate 0 and --teacher_knows_timeouts take it away.
+Built into the toy, by hand, is the paper's premise: the student's demonstrations contain errors (`STUDENT`),
+more of them after a first one; the teacher's contain no time-out, so it does not know what to do after one.
+--timeout_rate 0 and --teacher_knows_timeouts take it away.
 """
 import dataclasses
 import functools
@@ -330,11 +330,9 @@ def train(config: Config) -> dict:
 def compare(config: Config) -> None:
     """Every method from the same start, with the same prompts; mean and spread over seeds."""
     found = common.compared(train, config, {m: {"method": m} for m in config.methods}, "sod")
-    start = next(iter(found.values()))[0]
-    knows = "knows" if config.teacher_knows_timeouts else "has never seen"
-    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; "
-          f"time-outs {config.timeout_rate}, teacher {knows} them; mean ± standard deviation over "
-          f"{config.seeds} seeds; standard error of one accuracy about {start['se']:.3f}")
+    start, knows = next(iter(found.values()))[0], config.teacher_knows_timeouts
+    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; time-outs "
+          f"{config.timeout_rate}, known to the teacher: {knows}; standard error of one {start['se']:.3f}")
     print(common.seed_table(found, {"accuracy_after": "T = 1", "accuracy_best": "best T = 1",
                                     "greedy_after": "greedy", "seconds_per_step": "seconds a step"}))
 
@@ -342,10 +340,8 @@ def compare(config: Config) -> None:
 # ----------------------------------------------------------------------------------- looking inside
 def oracle(task: Task, turns: list[str], statuses: list[str]):
     """Yields for each turn: what stands before it, whether it is right, and the right turn (always known).
-
-    Before it stands 'tool error' if the last trouble was an error message or a time-out, 'silent error' if a
-    wrong call was answered without complaint; a right call that succeeds makes the prefix 'clean' again.
-    """
+    'tool error': the last trouble was an error message or a time-out; 'silent error': a wrong call that was
+    answered without complaint; a right call that succeeds makes the prefix 'clean' again."""
     text = task.messages[-1]["content"]
     values, (_, _, steps) = common.chain_values(text), common.parse_chain(text)
     rights = [call_text(label, f"{value}{operation}{operand}")

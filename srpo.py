@@ -80,10 +80,8 @@ def learning_rate(config) -> float:
 
 # ------------------------------------------------------------------------------------ the equations
 def pick_demonstration(rewards: list[float], group_size: int) -> list[int | None]:
-    """For every rollout the first correct *other* one of its group, or None (3.1; m = 1 where there is one).
-
-    rewards: B numbers, the group_size rollouts of a problem side by side. Correct means at least 0.5.
-    """
+    """B rewards -> for every rollout the first correct *other* one of its group, or None (3.1; m = 1 where
+    there is one). Correct means at least 0.5."""
     demos = []
     for i in range(len(rewards)):
         start = i - i % group_size
@@ -121,10 +119,8 @@ def jsd(logps, teacher_logps):
 
 
 def entropy_weights(teacher_entropy, beta: float):
-    """w = exp(-beta H) / mean exp(-beta H), (n,) -> (n,), without gradient (3.2).
-
-    n: the tokens of *all* distilled rollouts of the step; means over micro-batches would change the mixture.
-    """
+    """w = exp(-beta H) / mean exp(-beta H), (n,) -> (n,), without gradient (3.2). n: the tokens of *all*
+    distilled rollouts of the step; means over micro-batches would change the mixture."""
     return len(teacher_entropy) * torch.softmax(-beta * teacher_entropy.detach(), 0)   # (n,)
 
 
@@ -163,8 +159,8 @@ def teacher_messages(tok, tasks, rollouts, demos, config) -> dict[int, list[dict
 def response_batch(tok, messages: list, rollouts, rows: list[int], thinking: bool = False):
     """[left-padded prompt | response, right-padded] -> ids, attention_mask, mask, (b, t) each.
 
-    Student and teacher inputs are both built here and differ in the prompt alone. The response is made of the
-    rollout's own ids, never encoded anew, so the k-th token under the mask is the same token for both.
+    For student and teacher alike, so that only the prompts differ. The response is made of the rollout's own
+    ids, never encoded anew: the k-th token under the mask is the same token for both.
     """
     device, pad = rollouts.ids.device, tok.pad_token_id
     prompts = [common.prompt_ids(tok, m, thinking=thinking) for m in messages]
@@ -178,9 +174,7 @@ def response_batch(tok, messages: list, rollouts, rows: list[int], thinking: boo
 @torch.no_grad()
 def teacher_pass(teacher, tok, messages: dict[int, list[dict]], rollouts, config):
     """The teacher re-reads the rows named in `messages`: row -> hidden states (n, H), row -> entropies (n,).
-
-    Hidden states are kept, not distributions: n x H is small, n x V is not; the head makes one from the other
-    """
+    Hidden states are kept, not distributions: n x H is small, n x V is not, and the head makes them anew."""
     def spread(logits):                                                             # (n, V)
         return common.entropy_of(F.log_softmax(logits / config.temperature, -1))    # (n,)
 
@@ -216,10 +210,8 @@ def divergences(student, teacher, hidden, teacher_hidden, temperature: float):
 
 
 def backward(student, teacher, tok, tasks, rollouts, reward, config) -> dict:
-    """Routes a batch of rollouts, leaves the gradient of L in the student, returns what is to be logged.
-
-    reward (B,). `signal` is False if nothing in the batch teaches anything: then the caller must not step.
-    """
+    """Routes a batch of rollouts by their reward (B,), leaves the gradient of L in the student, returns what
+    is to be logged. `signal`: does anything in the batch teach anything? If not, the caller must not step."""
     B, group_size, started = len(rollouts.ids), len(rollouts.ids) // len(tasks), time.time()
     demos = pick_demonstration(reward.tolist(), group_size)
     _, wanted, _ = route(reward, demos, config.method, config.distill)              # (B,)
@@ -263,9 +255,8 @@ def backward(student, teacher, tok, tasks, rollouts, reward, config) -> dict:
 
 
 # ------------------------------------------------------------------------------------ the tiny base model
-# A self-teacher needs a base that is often wrong, yet can read a correct solution standing in its prompt. A
-# tiny model learns that only from a corpus which shows it. So this ability is put in by design; what the
-# methods then make of it is not.
+# A self-teacher needs a base that is often wrong, yet can read a correct solution in its prompt. A tiny model
+# learns that only from a corpus which shows it: that is put in by design, what the methods make of it is not.
 MODULUS, OPERATIONS = 10, (5, 5)
 FIT = {"documents": 12000, "steps": 800, "hidden_size": 80, "layers": 3}
 CONTEXT_SHARE, SAME_STYLE = 0.6, 0.8    # documents with a solution in the prompt; attempts in its style
@@ -457,9 +448,8 @@ def explain(config) -> None:
     print(f"problem   {task.messages[-1]['content']}\nanswer    {task.answer}\n"
           f"sibling   {solution_text(tok, rollouts, demos[row])}   (right: stands in the teacher's prompt)\n"
           f"rollout   {solution_text(tok, rollouts, row)}   (wrong: re-read by the teacher)\n")
-    print(common.table(list(zip(said, expected, *columns)),
+    print(common.table(list(zip(said, expected, *columns)),  # mean 1 over this rollout; in training, over all
                        ["token", "teacher would say", "student p", "teacher p", "JSD", "H", "weight"]))
-    print("\nhere the weights have mean 1 over this rollout; in training, over all distilled tokens")
 
 
 @common.command

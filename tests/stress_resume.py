@@ -12,7 +12,7 @@ from pathlib import Path
 
 from conftest import ROOT, timeless
 
-FLAGS = ["--steps", "20", "--prompts_per_step", "4", "--group_size", "4", "--eval_tasks", "20",
+FLAGS = ["--steps", "30", "--prompts_per_step", "4", "--group_size", "4", "--eval_tasks", "20",
          "--eval_every", "4", "--save_every", "3", "--threads", "1"]
 
 
@@ -38,7 +38,7 @@ def stress(script: str, kills: int, root: Path) -> None:
     seconds, done, resumed = time.time() - started, 0, 0
     while done < kills:
         folder = root / f"killed-{done}"
-        if ends(script, folder, "--overwrite", rng.uniform(0.2, 1) * seconds):
+        if ends(script, folder, "--overwrite", rng.uniform(0.5, 1) * seconds):
             continue  # it was faster this time
         flag = "--resume" if (folder / "state.pt").exists() else "--overwrite"
         ends(script, folder, flag)
