@@ -386,6 +386,12 @@ def test_too_many_unreadable_groups_stop_the_run(tiny, tmp_path, monkeypatch, re
     assert len(steps_of(tmp_path / "r")) == 19
 
 
+def test_the_precision_of_cuda_on_a_cpu(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "mixed_precision", lambda device: True)
+    summary = ropd.train(quick(tmp_path / "r", micro_batch=8))
+    assert summary["skipped_steps"] == 0 and summary["groups_left_out"] == 0
+
+
 def test_a_left_out_group_is_out_of_the_denominator(tiny):
     student, tok = ropd.load_student(quick("unused"), "cpu")
     rng = random.Random(0)
