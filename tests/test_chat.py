@@ -1,5 +1,4 @@
 """Chat backends: a server that behaves well, badly or not at all; a local model; asking, remembering."""
-import json
 import random
 import threading
 import time
