@@ -1,12 +1,9 @@
-"""What the four scripts share: tiny models, tasks, tools, rollouts, scoring, the GRPO baseline, runs on disk.
+"""What the scripts share: tiny models, tasks, tools, rollouts, scoring, the GRPO baseline, runs on disk.
 
     python common.py        trains the GRPO baseline on the chain task, without tools
 
-Where to start reading:
-1. `rollout`: one batched decoding loop. Ids are only ever appended, so the loss mask is exact.
-2. `token_logps`: the one place that scores tokens, for students, teachers and references alike.
-3. `group_advantages`, `policy_loss`, `update`: GRPO.
-4. `train`: the training loop, written out. The loops of the other files have the same shape.
+Where to start reading: `rollout`, one batched decoding loop; `token_logps`, the one place that scores tokens;
+`group_advantages`, `policy_loss` and `update`, which are GRPO; `train`, the loop, written out.
 
 Shapes: B rollouts (prompts x group_size), T columns (padded prompt, then response), N scored tokens, H hidden
 size, V vocabulary. `mask` (B, T) is 1 exactly on the tokens that the model sampled: only they carry loss.
@@ -29,18 +26,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn
+from typing import Callable, ClassVar, Literal, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -57,6 +57,20 @@ def fail(message: str) -> NoReturn:
     """One sentence on stderr, exit code 2. The only way these scripts complain about their input."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def command(main: Callable) -> Callable:
+    """Decorates a script's `main`: what may happen at any time ends in one sentence, too."""
+    def guarded(argv=None):
+        try:
+            return main(argv)
+        except torch.OutOfMemoryError:
+            fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens or --group_size")
+        except OSError as error:  # a folder that cannot be written, a full disk
+            fail(" ".join(str(error).split()))
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+    return guarded
 
 
 def option(default, help: str):
@@ -109,23 +123,33 @@ def parse(config_class, argv=None):
     for name, value in vars(config).items():
         if type(value) in (int, float) and not least.get(name, 0) <= value < math.inf:
             fail(f"--{name} {value} is out of range; give {least.get(name, 0)} or more")
-    if config.resume and config.overwrite:
-        fail("--resume and --overwrite contradict each other; give one of them")
+    for flags in (("resume", "overwrite"), ("compare", "explain", "cascade", "build_teacher_cache", "plot")):
+        if len(given := [f"--{flag}" for flag in flags if getattr(config, flag, False)]) > 1:
+            fail(f"{' and '.join(given)} contradict each other; give one of them")
     if config.prompts_per_step % config.minibatches:
         fail(f"--minibatches {config.minibatches} must divide --prompts_per_step {config.prompts_per_step}")
     return config
 
 
+# For long work that prints no lines of its own; silent in a log file.
+progress = functools.partial(tqdm, mininterval=1, leave=False, disable=None)
+
+
 def setup(config) -> torch.device:
-    """Device and threads. Tiny models get one: more are slow on a busy machine, and one is repeatable."""
+    """Device and threads. One thread for tiny models: more are slow on a busy machine, one is repeatable."""
     if config.threads or config.model == "tiny":
         torch.set_num_threads(config.threads or 1)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
-        torch.empty(1, device=name)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         fail(f"device '{name}' is not usable on this machine; try --device cpu")
-    return torch.device(name)
+
+
+def mixed_precision(device) -> bool:
+    """Does this device compute in bf16? Whatever depends on the device asks here: autocast, the type of the
+    head and of frozen models, gradient checkpointing, `rescore`. On a CPU everything is fp32."""
+    return torch.device(device).type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -157,11 +181,8 @@ PROTOCOL = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"
 
 
 def build_tokenizer(atoms: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer without merges, plus `atoms`: phrases that are one token each.
-
-    Any text can be encoded (256 bytes); digits and operators stay single. A trained BPE would need hundreds
-    of merges to learn the toy's boilerplate.
-    """
+    """Byte-level tokenizer without merges (any text can be encoded, digits and operators stay single), plus
+    `atoms`: phrases that are one token each. A trained BPE would need hundreds of merges to learn them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -185,45 +206,40 @@ def tiny_model(tok, seed: int, hidden_size: int = 64, layers: int = 2) -> Qwen3F
             eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
 
 
-def save_atomically(obj, path: Path) -> None:
+@contextlib.contextmanager
+def replacing(path: Path):
+    """`with replacing(path) as file:` write `file`; at the end it takes the place of `path` at one blow."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save(obj, temporary)
+    yield temporary
     os.replace(temporary, path)
 
 
 def cached(model, key, build: Callable, fresh: bool = False):
     """Loads `model`'s weights from the cache, or calls `build()`, which trains it in place, and stores them.
-
-    `key` is what the weights depend on (anything json can write). A damaged file is rebuilt with a warning.
-    """
+    key: what the weights depend on (anything json can write)."""
     key = json.dumps([key, model.config.to_dict(), torch.__version__, transformers.__version__], default=str)
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "four-papers"
     path = root / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
     if path.exists() and not fresh:
-        try:
-            model.load_state_dict(torch.load(path, weights_only=True))
-            return model.eval()
-        except Exception as error:  # torch, pickle and zipfile each have their own error for a damaged file
-            print(f"warning: cached model {path.name} is damaged ({type(error).__name__}); fitting it again")
-    build()
-    root.mkdir(parents=True, exist_ok=True)
-    save_atomically(model.state_dict(), path)
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        build()
+        root.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            torch.save(model.state_dict(), file)
     return model.eval()
 
 
-def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e-3, seed: int = 0,
-             fresh: bool = False):
-    """Next-token fit of a tiny model on demonstrations; cached.
-
-    docs: list of (ids, mask), lists of equal length; the loss is on the tokens with mask 1, as in SFT.
-    """
+def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
+    """Next-token fit of a tiny model on demonstrations; cached. docs: list of (ids, mask), lists of equal
+    length; the loss is on the tokens with mask 1, as in SFT."""
     def build():
         rng, batches = random.Random(seed), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, (steps - s) / steps))
         model.train()
-        for _ in tqdm(range(steps), desc=f"fitting {name}", mininterval=1, leave=False):
-            batches = batches or length_buckets(docs, batch, rng)
+        for _ in progress(range(steps), desc=f"fitting {name}"):
+            batches = batches or length_buckets(docs, 32, rng)
             rows = batches.pop()
             ids, mask = (padded([docs[i][j] for i in rows], 0) for j in (0, 1))     # (B, T) each
             # Right padding needs no attention mask under causal attention: no real token can look at a pad.
@@ -235,7 +251,7 @@ def fit_tiny(name: str, model, docs, steps: int, batch: int = 32, lr: float = 3e
             ramp.step()
 
     digest = hashlib.sha256(json.dumps(docs).encode()).hexdigest()
-    return cached(model, ["fit", digest, steps, batch, lr, seed], build, fresh)
+    return cached(model, ["fit", digest, steps, 32, lr, seed], build, fresh)
 
 
 def length_buckets(docs, batch: int, rng) -> list[list[int]]:
@@ -247,25 +263,35 @@ def length_buckets(docs, batch: int, rng) -> list[list[int]]:
     return batches
 
 
+@functools.cache
+def hub_reachable() -> bool:
+    """One request. Without a network, or behind a dead one, the hub's own client would try for a minute."""
+    try:
+        return bool(get_session().head(constants.ENDPOINT, timeout=5))
+    except Exception:  # each version of the hub's client has its own; all mean the same here
+        return False
+
+
 def load_model(name: str, device, trainable: bool = True):
     """Hugging Face id or folder -> (model, tokenizer).
 
-    On CUDA a trainable model keeps fp32 master weights (bf16 ones swallow updates of 1e-6), runs under bf16
-    autocast and uses gradient checkpointing in the update; a frozen model is stored in bf16.
+    A trainable model has fp32 master weights: bf16 ones swallow updates of 1e-6. A frozen one is stored in
+    bf16 on CUDA, and on a CPU in the type that it was saved in, which reads half as much memory a step.
     """
-    cuda = torch.device(device).type == "cuda"
-    dtype = torch.bfloat16 if cuda and not trainable else torch.float32
+    bf16 = mixed_precision(device)
+    dtype = torch.float32 if trainable else torch.bfloat16 if bf16 else "auto"
+    offline = Path(name).exists() or not hub_reachable()
     try:
-        tok = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tok = AutoTokenizer.from_pretrained(name, local_files_only=offline)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=offline)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fail(f"cannot load the model '{name}' ({reason}); give a Hugging Face id, a model folder or 'tiny'")
+        reason = "no network" if offline and not Path(name).exists() else str(error).strip().splitlines()[0]
+        fail(f"cannot load the model '{name}' ({reason}); "
+             "give 'tiny' (a script's default), a model's folder or, with a network, a Hugging Face id")
     if tok.chat_template is None:
         fail(f"the tokenizer of '{name}' has no chat template; take an instruction-tuned model")
-    if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token
-    if trainable and cuda:  # acts in train mode only, so not in rollouts
+    tok.pad_token = tok.pad_token or tok.eos_token
+    if trainable and bf16:  # acts in train mode only, so not in rollouts
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).requires_grad_(trainable).eval(), tok
 
@@ -278,9 +304,8 @@ def check_same_tokenizer(tok, teacher_tok) -> None:
 
 
 def autocast(model):
-    """bf16 autocast on CUDA, nothing on CPU."""
     device = model.device.type
-    return torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+    return torch.autocast(device, torch.bfloat16, enabled=mixed_precision(device))
 
 
 # -------------------------------------------------------------------------------- tasks and answers
@@ -321,7 +346,7 @@ def chain_values(text: str) -> list[int]:
 
 def load_tasks(source: str, eval_tasks: int, make_chain=chain_task,
                a_step: int = 1) -> tuple[list[Task], list[Task]]:
-    """'chain', a file or a hub id -> (training, held-out tasks): disjoint texts, the same for every seed.
+    """'chain', a file or a hub id -> (training, held-out tasks): disjoint, the same for every seed.
 
     a_step: how many training problems there must be at least.
     """
@@ -340,54 +365,51 @@ def load_tasks(source: str, eval_tasks: int, make_chain=chain_task,
 
 def read_rows(source: str) -> list[dict]:
     """JSON lines, one JSON list, csv, parquet or a hub id -> rows."""
-    path, kinds = Path(source), (".jsonl", ".json", ".csv", ".parquet")
-    if path.exists() != (path.suffix in kinds):
-        fail(f"there is no file {source}; check --data" if path.suffix in kinds
-             else f"{source} is not one of the files this reads ({', '.join(kinds)}); check --data")
-    if path.suffix not in (".jsonl", ".json"):
-        import datasets  # slow to import, so only where it is needed
-        try:
-            if path.exists():
-                return list(datasets.load_dataset(path.suffix[1:], data_files=source, split="train"))
-            configs = datasets.get_dataset_config_names(source)
-            config = "main" if "main" in configs else configs[0]
-            return list(datasets.load_dataset(source, config, split="train"))
-        except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
-            fail(f"cannot read the dataset '{source}' ({type(error).__name__}); "
-                 "check the name, the file or the network")
-    text = path.read_text(encoding="utf-8")  # read here, because `datasets` would not name a bad line
-    rows, lines = [], [(1, text)] if text.lstrip().startswith("[") else enumerate(text.split("\n"), 1)
-    for number, line in lines:
-        try:
-            found = json.loads(line) if line.strip() else []
-        except json.JSONDecodeError as error:
-            number += error.lineno - 1
-            fail(f"{source}, line {number}: not valid JSON ({error.msg}); repair or remove it")
-        rows += found if isinstance(found, list) else [found]
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json"):
+        return read_json(path)
+    import datasets  # slow to import, so only where it is needed
+    datasets.disable_progress_bars()
+    try:
+        if path.suffix in (".csv", ".parquet"):
+            return list(datasets.load_dataset(path.suffix[1:], data_files=source, split="train"))
+        if not hub_reachable():
+            raise ConnectionError
+        configs = datasets.get_dataset_config_names(source)
+        config = "main" if "main" in configs else configs[0]
+        return list(datasets.load_dataset(source, config, split="train"))
+    except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
+        fail(f"cannot read the dataset '{source}' ({type(error).__name__}); give 'chain', a jsonl, json, csv "
+             "or parquet file, or, with a network, a hub id")
+
+
+def read_json(path: Path) -> list[dict]:
+    """Not through `datasets`, which would not name a bad line."""
+    rows, number = [], 0
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        for number, line in enumerate(text.split("\n"), 1):
+            rows += [json.loads(line)] if line.strip() else []
+    except (OSError, ValueError) as error:  # no such file, not in UTF-8, not JSON
+        fail(f"cannot read {path}{f', line {number}' * bool(number)} ({error}); check --data")
     return rows
 
 
 def row_to_task(row: dict, where: str) -> Task:
     """One dataset row -> Task. Columns: question, problem or prompt; answer or solution; optional system."""
     columns = row if isinstance(row, dict) else {}
-    question = next((columns[c] for c in ("question", "problem", "prompt") if columns.get(c)), None)
-    answer = next((columns[c] for c in ("answer", "solution") if columns.get(c) not in (None, "")), None)
-    if question is None or answer is None:
-        fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt, "
-             "and answer or solution; rename them")
-    messages = list(question) if isinstance(question, list) else [{"role": "user", "content": question}]
-    if columns.get("system"):
-        messages = [{"role": "system", "content": columns["system"]}, *messages]
-    good = all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-               for m in messages)
-    if not good or not messages or messages[-1]["role"] != "user":
-        fail(f"{where}: a question is a text, or a list of messages with role and content (texts), "
-             "the last of them the user's; repair or remove it")
-    # Half a character (a lone surrogate), which no tokenizer takes, becomes a question mark.
-    messages = [{**m, "content": m["content"].encode(errors="replace").decode()} for m in messages]
-    if not any("boxed" in m["content"] or "<answer>" in m["content"] for m in messages):
-        text = messages[-1]["content"] + "\n\nPut the final answer in \\boxed{}."
-        messages[-1] = {**messages[-1], "content": text}
+    question, answer = (next((columns[name] for name in names if columns.get(name) not in (None, "")), None)
+                        for names in (("question", "problem", "prompt"), ("answer", "solution")))
+    if not isinstance(question, str) or answer is None:
+        fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt (a text), "
+             "and answer or solution")
+    system = columns.get("system") or ""
+    if not any(mark in system + question for mark in ("boxed", "<answer>")):
+        question += "\n\nPut the final answer in \\boxed{}."
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
     return Task(messages, final_answer(str(answer)) or str(answer).strip())
 
 
@@ -395,30 +417,27 @@ def final_answer(text: str) -> str | None:
     """What a text commits to: the last \\boxed{}, else <answer>, else `#### x`, else the whole text if it is
     one number or one capital letter; else None."""
     text = text.rsplit("</think>", 1)[-1]
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth = 0
-        for i in range(start + 6, len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
+    if "\\boxed{" in text:
+        depth, inside = 1, text.rsplit("\\boxed{", 1)[1]
+        for i, character in enumerate(inside):
+            depth += (character == "{") - (character == "}")
             if depth == 0:
-                return text[start + 7:i].strip()
+                return inside[:i].strip()
         return None
-    for pattern in (r"<answer>(.*?)</answer>", r"####\s*([^\n]+)", r"\A\s*([A-Z]|[-+$]?[\d.,]*\d%?)\.?\s*\Z"):
+    number_or_letter = r"\A\s*([A-Z]|[-+$]?[\d.,]*\d%?)\.?\s*\Z"
+    for pattern in (r"<answer>(.*?)</answer>", r"####\s*([^\n]+)", number_or_letter):
         if found := re.findall(pattern, text, re.DOTALL):
             return found[-1].strip()
     return None
 
 
-def normalise(answer: str) -> str:
+def normalise(answer: str):
     """Numbers lose commas, $, % and trailing zeros; words lose spaces and case; a single letter is exact."""
     plain = re.sub(r"[\s,$%]|\\[ ,!%$]", "", answer).rstrip(".")
-    if re.fullmatch(r"[-+]?[0-9]{1,4000}", plain):  # not through float, which would round a long one
-        return str(int(plain))
-    try:
-        value = float(plain)
-        return repr(int(value)) if value.is_integer() else repr(value)
-    except ValueError:
-        return plain if len(plain) == 1 else plain.casefold()
+    with contextlib.suppress(InvalidOperation):
+        if (number := Decimal(plain)).is_finite():  # not float, which would round a long integer
+            return number
+    return plain if len(plain) == 1 else plain.casefold()
 
 
 def is_correct(text: str, answer: str) -> bool:
@@ -446,22 +465,22 @@ class Tool:
 
 
 BAD_EXPRESSION = "error: not a valid expression"
-BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-          ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+             ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 
 def calculate(node) -> float:
     """Value of an arithmetic syntax tree: numbers, + - * / // % **, signs, parentheses; else ValueError."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        value = calculate(node.operand)
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
+    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](calculate(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = calculate(node.left), calculate(node.right)
         if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
             raise ValueError("9**9**9 would never end")
-        return BINARY[type(node.op)](left, right)
+        return OPERATORS[type(node.op)](left, right)
     raise ValueError("not arithmetic")
 
 
@@ -469,11 +488,9 @@ def run_calculator(arguments: dict) -> tuple[str, str]:
     """Arithmetic through ast; nothing is ever evaluated as code."""
     try:
         value = calculate(ast.parse(str(arguments["expression"])[:200].strip(), mode="eval").body)
-        if not math.isfinite(value):
-            raise ValueError("1e999 is no answer")
-        return cut_middle(str(int(value) if float(value).is_integer() else value)), "ok"
+        return cut_middle(str(int(value) if value == int(value) else value)), "ok"
     except (KeyError, ValueError, TypeError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
-        return BAD_EXPRESSION, "error"
+        return BAD_EXPRESSION, "error"  # int() refuses what is infinite, no number, or complex
 
 
 def cut_middle(text: str, limit: int = 256) -> str:
@@ -517,8 +534,8 @@ def run_python(arguments: dict, seconds: float = 10.0) -> tuple[str, str]:
             os.killpg(child.pid, signal.SIGKILL)  # also what the code may have left running
         child.wait()
         out.seek(0)
-        text = out.read().decode("utf-8", "replace").strip()
-    return ("error: timed out" if status == "timeout" else cut_middle(text) or "(no output)"), status
+        text = cut_middle(out.read().decode("utf-8", "replace").strip()) or "(no output)"
+    return "error: timed out" if status == "timeout" else text, status
 
 
 TOOLS = {
@@ -595,7 +612,16 @@ def tool_glue(tok, thinking: bool = False) -> tuple[list[int], list[int]]:
 def tool_message_ids(tok, text: str, thinking: bool = False) -> list[int]:
     """A tool's answer as ids. Control tokens in `text` are encoded as plain text: no tool can end a turn."""
     before, after = tool_glue(tok, thinking)
-    return before + encode(tok, text, split_special_tokens="<|" in text) + after
+    return before + encode(tok, text, split_special_tokens=True) + after
+
+
+def defused(tok, text: str) -> str:
+    """Text of a model's or a server's making, for use inside a prompt: every special token of this tokenizer
+    is broken up, `<|im_end|>` becomes `< |im_end|>`, so that it can neither end nor begin a turn."""
+    special = {*tok.all_special_tokens, *(t.content for t in tok.added_tokens_decoder.values() if t.special)}
+    for token in sorted(special, key=len, reverse=True):
+        text = text.replace(token, f"{token[:1]} {token[1:]}")
+    return text
 
 
 # ----------------------------------------------------------------------------------------- rollouts
@@ -628,8 +654,7 @@ class Row:
 
 @torch.no_grad()
 def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None, max_new_tokens: int = 256,
-            max_turns: int = 8, temperature: float = 1.0, top_p: float = 1.0, generator=None,
-            thinking: bool = False) -> Rollouts:
+            max_turns: int = 8, temperature: float = 1.0, generator=None, thinking: bool = False) -> Rollouts:
     """Samples group_size trajectories a task, all in one batch with one KV cache.
 
     In each column every row either *samples* its next token or, while ids are queued for it (a tool's answer
@@ -653,7 +678,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
     rows = [Row() for _ in range(len(tasks) * group_size)]
     batch = rows  # the rows that are still being decoded, in the order of the cache
     while True:
-        token, logp, entropy = choose(logits.float(), temperature, top_p, generator)        # (n,) each
+        token, logp, entropy = choose(logits.float(), temperature, generator)               # (n,) each
         queued = [row.queue.popleft() if row.queue else -1 for row in batch]
         forced = torch.tensor(queued, device=device)                                        # (n,)
         token = torch.where(forced >= 0, forced, token)  # (n,) every row drew; a queued id overrules the draw
@@ -717,18 +742,17 @@ def pack(tok, prompts, rows: list[Row], group_size: int, device) -> Rollouts:
         steps=[step_spans(m) for m in mask.tolist()], tool_status=[row.status for row in rows])
 
 
-def choose(logits, temperature: float, top_p: float, generator):
-    """logits (n, V) -> token, its log-prob, entropy, each (n,). Temperature 0 is greedy. top_p < 1 only for
-    evaluation: a policy sampled with top_p but scored without it is trained on the wrong ratio."""
+def choose(logits, temperature: float, generator):
+    """logits (n, V) -> token, its log-prob, entropy in nats, each (n,). Temperature 0 is greedy."""
     logps = torch.log_softmax(logits / (temperature or 1.0), -1)                    # (n, V)
     probs = logps.exp()                                                             # (n, V)
-    entropy = -(probs * logps).nan_to_num().sum(-1)
-    if top_p < 1:  # a token stays while those before it hold less than top_p
-        ranked, order = probs.sort(-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     token = logits.argmax(-1) if temperature == 0 else torch.multinomial(probs, 1, generator=generator)[:, 0]
-    return token, logps.gather(1, token[:, None])[:, 0], entropy
+    return token, logps.gather(1, token[:, None])[:, 0], entropy_of(logps)
+
+
+def entropy_of(logps):
+    """H = -sum_v p(v) log p(v), (n, V) -> (n,) nats; 0 log 0 = 0."""
+    return -(logps.exp() * logps).nan_to_num().sum(-1)
 
 
 def padded(sequences, value, left: bool = False, device=None, dtype=torch.long):
@@ -752,11 +776,10 @@ def step_spans(mask: list[int]) -> list[tuple[int, int]]:
 
 def rewards(rollouts: Rollouts, tasks: list[Task]):
     """1.0 for a finished rollout whose last turn holds the right answer, else 0.0: (B,)."""
-    each = len(rollouts.texts) // len(tasks)
-    answers = [task.answer for task in tasks for _ in range(each)]
-    done = rollouts.finished.tolist()
-    return torch.tensor([float(d and is_correct(text, answer)) for text, d, answer
-                         in zip(rollouts.texts, done, answers)], device=rollouts.ids.device)
+    group_size = len(rollouts.texts) // len(tasks)
+    right = [done and is_correct(text, tasks[i // group_size].answer)
+             for i, (text, done) in enumerate(zip(rollouts.texts, rollouts.finished.tolist()))]
+    return torch.tensor(right, dtype=torch.float, device=rollouts.ids.device)
 
 
 def transcript(tok, rollouts: Rollouts, row: int) -> str:
@@ -788,19 +811,26 @@ def hidden_at(model, ids, attention_mask, mask):
     return hidden[:, :-1][mask[:, 1:].bool()]
 
 
+def lm_head(head) -> Callable:
+    """The head as a function hidden (n, H) -> logits (n, V) in fp32; its weights are cast once, here."""
+    dtype = torch.bfloat16 if mixed_precision(head.weight.device) else head.weight.dtype
+    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    # .float(): a softmax in bf16 would lose the small probabilities
+    return lambda hidden: F.linear(hidden.to(dtype), weight, bias).float()
+
+
 def over_vocab_chunks(hidden, head, fn, *rows):
     """fn(logits (n, V), *rows (n, ...)) -> tensor (n,) or tuple of them, over chunks of tokens, concatenated.
 
     (tokens x vocabulary) logits never exist at once: a chunk holds CHUNK_LOGITS of them, and under gradients
     it is computed again in the backward pass. hidden (N, H); head: language-model head; rows: N entries each.
     """
-    dtype = torch.bfloat16 if hidden.is_cuda else hidden.dtype  # cast once here, not in every chunk
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    logits = lm_head(head)
 
-    def one(h, *r):  # .float(): a softmax in bf16 would lose the small probabilities
-        return fn(F.linear(h.to(dtype), weight, bias).float(), *r)
+    def one(h, *r):                                                                 # (n, H), (n, ...)
+        return fn(logits(h), *r)
 
-    size = max(1, CHUNK_LOGITS // weight.shape[0])
+    size = max(1, CHUNK_LOGITS // head.weight.shape[0])
     chunks = list(zip(*(x.split(size) for x in (hidden, *rows))))
     recompute = torch.is_grad_enabled() and len(chunks) > 1
     pieces = [checkpoint(one, *c, use_reentrant=False) if recompute else one(*c) for c in chunks]
@@ -816,11 +846,7 @@ def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with
     def fn(logits, target):                                                         # (n, V), (n,)
         logits = logits / temperature
         logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)        # (n,)
-        if not with_entropy:
-            return logp
-        with torch.no_grad():
-            every = logits.log_softmax(1)                                           # (n, V)
-            return logp, -(every.exp() * every).nan_to_num().sum(1)
+        return (logp, entropy_of(logits.detach().log_softmax(1))) if with_entropy else logp
 
     def spread(values):                                                             # (N,) -> (B, T)
         return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask.bool(), values)
@@ -831,11 +857,11 @@ def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with
 
 
 def micro_batches(rollouts: Rollouts, rows: list[int], size: int):
-    """Yields (some of `rows`, the columns they use): similar lengths together, the longest first, so that
-    memory runs out in the first step or never. size 0 = all rows at once."""
+    """Splits `rows` into lists of at most `size` (0: all), each with the columns it uses. Similar lengths
+    together and the longest first, so that memory runs out in the first step or never."""
     size, lengths = size or len(rows), rollouts.attention_mask.sum(1).tolist()
     rows = sorted(rows, key=lambda i: -lengths[i])
-    for i in range(0, len(rows), size):
+    for i in range(0, len(rows), size or 1):
         used = rollouts.attention_mask[rows[i:i + size]].any(0).nonzero()
         yield rows[i:i + size], slice(int(used[0]), int(used[-1]) + 1)
 
@@ -844,17 +870,17 @@ def micro_batches(rollouts: Rollouts, rows: list[int], size: int):
 def score(model, rollouts: Rollouts, temperature: float = 1.0, micro_batch: int = 0):
     """token_logps and entropies of whole rollouts, without gradient, in micro-batches: two tensors (B, T)."""
     logps, entropy = torch.zeros_like(rollouts.logps), torch.zeros_like(rollouts.logps)
-    for part, columns in micro_batches(rollouts, list(range(len(rollouts.ids))), micro_batch):
-        logps[part, columns], entropy[part, columns] = token_logps(
-            model, rollouts.ids[part, columns], rollouts.attention_mask[part, columns],
-            rollouts.mask[part, columns], temperature, with_entropy=True)
+    for batch in micro_batches(rollouts, range(len(rollouts.ids)), micro_batch):  # batch = (rows, columns)
+        logps[batch], entropy[batch] = token_logps(
+            model, rollouts.ids[batch], rollouts.attention_mask[batch], rollouts.mask[batch], temperature,
+            with_entropy=True)
     return logps, entropy
 
 
 def rescore(model, rollouts: Rollouts, config) -> None:
-    """On CUDA, replaces the sampler's log-probs by the scorer's: their bf16 kernels differ by about 1e-2, and
-    the ratio of an unchanged policy must be 1. On CPU, in fp32, the two agree, so nothing is done."""
-    if rollouts.ids.is_cuda:
+    """In bf16, replaces the sampler's log-probs by the scorer's: their kernels differ by about 1e-2, and the
+    ratio of an unchanged policy must be 1. In fp32 the two agree, so nothing is done."""
+    if mixed_precision(rollouts.ids.device):
         rollouts.logps, rollouts.entropy = score(model, rollouts, config.temperature, config.micro_batch)
 
 
@@ -920,140 +946,147 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
         if not (advantages[rows] * rollouts.mask[rows]).any():
             continue  # no signal: not even Adam's momentum may move the weights
         tokens = rollouts.mask[rows].sum()  # one denominator: the micro-batches add up to the whole gradient
-        for part, columns in micro_batches(rollouts, rows.tolist(), config.micro_batch):
-            mask = rollouts.mask[part, columns]                                     # (b, t)
-            logps = token_logps(student, rollouts.ids[part, columns], rollouts.attention_mask[part, columns],
-                                mask, config.temperature)                           # (b, t)
-            policy_loss(logps, rollouts.logps[part, columns], advantages[part, columns], mask,
-                        denominator=tokens).backward()
+        for batch in micro_batches(rollouts, rows.tolist(), config.micro_batch):    # (rows, columns)
+            mask = rollouts.mask[batch]                                             # (b, t)
+            logps = token_logps(student, rollouts.ids[batch], rollouts.attention_mask[batch], mask,
+                                config.temperature)                                 # (b, t)
+            policy_loss(logps, rollouts.logps[batch], advantages[batch], mask, denominator=tokens).backward()
         norm = apply_gradients(student, optimizer, step, base_lr(config))
     student.eval()
     return norm
 
 
 # --------------------------------------------------------------------------------------- evaluation
-def evaluate(model, tok, tasks, *, samples: int = 1, greedy: bool = False, **sampling) -> dict:
-    """avg@k (`accuracy`), its standard error over problems (`se`), pass@k, maj@k, length, share finished.
+def evaluate(model, tok, tasks, **sampling) -> dict:
+    """Accuracy at T = 1 and greedy, each with its standard error over problems; length, share finished.
 
     sampling: keyword arguments of `rollout`. The seed is fixed: all methods see the same problems and dice.
-    greedy=True adds `greedy_accuracy` and `greedy_se`.
     """
-    generator = torch.Generator(model.device).manual_seed(1234)
-    right, votes, length, finished, majority = [], [], 0, 0, 0
     c = model.config  # rows at once: as many as keep the KV cache below 8 GB
     cache_bytes = 8 * c.num_hidden_layers * c.num_key_value_heads * getattr(c, "head_dim", 128) * (
-        sampling.get("max_new_tokens", 256) + 512)
-    size = max(1, min(512, 2**33 // cache_bytes) // samples)
-    for i in range(0, len(tasks), size):
-        out = rollout(model, tok, tasks[i:i + size], samples, generator=generator, **sampling)
-        right.append(rewards(out, tasks[i:i + size]).view(-1, samples).cpu())       # (tasks, samples)
-        votes += [final_answer(text) for text in out.texts]
-        length += int(out.mask.sum())
-        finished += int(out.finished.sum())
-    right = torch.cat(right)                                                        # (tasks, samples)
-    for i, task in enumerate(tasks):
-        counts = Counter(normalise(v) for v in votes[i * samples:(i + 1) * samples] if v is not None)
-        majority += bool(counts) and counts.most_common(1)[0][0] == normalise(task.answer)
-    spread = float(right.mean(1).std()) if len(tasks) > 1 else 0.0
-    result = {"accuracy": float(right.mean()), "se": spread / math.sqrt(len(tasks)),
-              f"pass@{samples}": float(right.amax(1).mean()), f"maj@{samples}": majority / len(tasks),
-              "length": length / right.numel(), "finished": finished / right.numel()}
-    if greedy:
-        best = evaluate(model, tok, tasks, **{**sampling, "temperature": 0.0})
-        result |= {"greedy_accuracy": best["accuracy"], "greedy_se": best["se"]}
+        sampling["max_new_tokens"] + 512)
+    size, result = max(1, min(512, 2**33 // cache_bytes)), {}
+    for prefix, temperature in (("", 1.0), ("greedy_", 0.0)):
+        generator = torch.Generator(model.device).manual_seed(1234)
+        right, length, finished = [], 0, 0
+        for i in range(0, len(tasks), size):
+            out = rollout(model, tok, tasks[i:i + size], generator=generator, temperature=temperature,
+                          **sampling)
+            right += rewards(out, tasks[i:i + size]).tolist()
+            length, finished = length + int(out.mask.sum()), finished + int(out.finished.sum())
+        right = torch.tensor(right)                                                 # (tasks,)
+        spread = float(right.std()) if len(tasks) > 1 else 0.0
+        result |= {prefix + "accuracy": float(right.mean()), prefix + "se": spread / math.sqrt(len(tasks))}
+        if temperature:
+            result |= {"length": length / len(tasks), "finished": finished / len(tasks)}
     return result
 
 
 # ------------------------------------------------------------------------------------- runs on disk
-def write_atomically(text: str, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def run_folder(config, script: str) -> Path:
     return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
+
+
+# Flags that may change between a run and its --resume. All others are part of what the run is.
+FREE_FLAGS = {"steps", "out", "resume", "overwrite", "threads", "save_every", "show_every", "plot", "fresh",
+              "compare", "methods", "seeds"}
+
+
+def changed_flags(recorded: dict, config) -> list[str]:
+    """The flags of an earlier run that are different now."""
+    return [f"--{k}" for k, v in recorded.items() if k not in FREE_FLAGS and v != getattr(config, k, v)]
 
 
 class Run:
     """A run's folder (metrics.jsonl, summary.json, state.pt, model/), its console lines, its checkpoint."""
 
     def __init__(self, config, script: str):
-        self.config, self.warned, self.parts, self.began = config, set(), {}, time.time()
+        self.config, self.began, self.interrupted = config, time.time(), False
+        self.warned, self.latest = set(), (None, {})  # warnings given; the last evaluation, and when
         self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
         self.folder = run_folder(config, script)
-        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "state.pt"
+        exists = self.folder.exists() and any(self.folder.iterdir())
         if config.resume:
-            self.state = self._load_state()
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            if not config.overwrite:
-                resume = "--resume to go on, " if (self.folder / "state.pt").exists() else ""
-                fail(f"{self.folder} exists; add {resume}--overwrite to replace it, or another --out")
-            if not self.metrics.exists():
-                fail(f"{self.folder} does not look like a run, so it is not overwritten; give another --out")
+            self._load_state()
+        elif exists and not config.overwrite:
+            fail(f"{self.folder} exists; add --overwrite to replace it, --resume to go on, or another --out")
+        elif exists and not self.metrics.exists():
+            fail(f"{self.folder} does not look like a run, so it is not overwritten; give another --out")
 
-    def _load_state(self) -> dict:
-        path = self.folder / "state.pt"
-        if not path.exists() or not self.metrics.exists():
+    def _load_state(self) -> None:
+        if not self.checkpoint.exists() or not self.metrics.exists():
             fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # see `cached`
-            fail(f"the checkpoint {path} is damaged ({type(error).__name__}); start again with --overwrite")
-        free = {"steps", "resume", "overwrite", "out", "threads", "save_every", "show_every", "plot", "fresh"}
-        changed = [k for k, v in state["config"].items() if k not in free and v != getattr(self.config, k, v)]
-        if changed:
-            flags = ", ".join("--" + k for k in changed)
-            fail(f"--resume needs the flags of the first start; changed: {flags}")
-        self.notes = state["notes"]
+        self.state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        if changed := changed_flags(self.state["config"], self.config):
+            fail(f"{self.folder} was begun with other flags ({', '.join(changed)}); "
+                 "go on with the same ones, or start again with --overwrite")
+        self.notes = self.state["notes"]
         self.began -= self.notes["seconds"]  # the time before the stop counts too
         # What came after the checkpoint is done again; a kill may have left half a line, which has no "}".
         lines = [x for x in self.metrics.read_text().splitlines() if x.endswith("}") and '"after"' not in x]
         self.kept = [line for line in lines if json.loads(line).get("step", 0) <= self.notes["step"]]
-        return state
 
-    def track(self, **parts) -> int:
-        """Names all that a checkpoint must hold (models, optimiser, dice), restores it on --resume, and
-        returns the first step to do. Only now, with data and models loaded, is anything written: a start that
-        fails on bad input leaves an earlier run as it was."""
-        self.parts = parts
+    def track(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
+        """Says what a checkpoint must hold, restores it on --resume, and returns the first step to do.
+
+        modules: the student, the optimiser, whatever else has a state_dict; generator and dice: all that is
+        random. Only now, with data and models loaded, is anything written: a start that fails on bad input
+        leaves an earlier run as it was.
+        """
+        self.modules, self.generator, self.dice = modules, generator, dice
         if self.config.resume:
-            for name, part in parts.items():
-                setter = next(s for s in ("load_state_dict", "set_state", "setstate") if hasattr(part, s))
-                getattr(part, setter)(self.state[name])
-            write_atomically("".join(line + "\n" for line in self.kept), self.metrics)
+            for module, state in zip(modules, self.state["modules"], strict=True):
+                module.load_state_dict(state)
+            generator.set_state(self.state["generator"])
+            for rng, state in zip(dice, self.state["dice"], strict=True):
+                rng.setstate(state)
+            with replacing(self.metrics) as file:
+                file.write_text("".join(line + "\n" for line in self.kept))
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             self.metrics.touch()
+        signal.signal(signal.SIGINT, self.interrupt)
         return self.notes["step"]
 
-    def save(self, step: int) -> None:
-        """Checkpoint at the end of a step, if one is due: written beside the old one, then renamed."""
-        self.notes["step"] = step
-        if self.config.save_every and (step % self.config.save_every == 0 or step == self.config.steps):
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: the step is finished and saved first; a second Ctrl-C stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def end_step(self, step: int, measure: Callable[[], dict]) -> None:
+        """Evaluation and checkpoint, where they are due. A checkpoint replaces the one before."""
+        config, self.notes["step"] = self.config, step
+        if config.eval_every and step % config.eval_every == 0:
+            self.evaluated(step, measure())
+        due = config.save_every and (step % config.save_every == 0 or step == config.steps)
+        if due or self.interrupted:
             self.notes["seconds"] = time.time() - self.began
-            state = {"notes": self.notes, "config": dataclasses.asdict(self.config)}
-            for name, part in self.parts.items():
-                getter = next(g for g in ("state_dict", "get_state", "getstate") if hasattr(part, g))
-                state[name] = getattr(part, getter)()
-            save_atomically(state, self.folder / "state.pt")
+            with replacing(self.checkpoint) as file:
+                torch.save({"notes": self.notes, "config": dataclasses.asdict(config),
+                            "modules": [module.state_dict() for module in self.modules],
+                            "generator": self.generator.get_state(),
+                            "dice": [rng.getstate() for rng in self.dice]}, file)
+        if self.interrupted:
+            print(f"stopped after step {step}; --resume goes on from there", flush=True)
+            raise SystemExit(130)
 
     def log(self, record: dict) -> None:
         with open(self.metrics, "a") as f:
             f.write(json.dumps(record) + "\n")
 
-    def step(self, step: int, seconds: float, shown: dict, **more) -> None:
+    def step(self, step: int, started: float, shown: dict, **more) -> None:
         """One line on the console (`shown`), one object in metrics.jsonl (`shown` and `more`)."""
+        seconds, steps = time.time() - started, self.config.steps
         self.notes["step_seconds"] += seconds
         values = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
-        steps = self.config.steps
         print(f"step {step:>{len(str(steps))}}/{steps}  {values}  {seconds:.2f}s", flush=True)
         self.log({"step": step, **shown, **more, "seconds": seconds})
 
     def evaluated(self, when, result: dict) -> None:
         """when: 'before', 'after' or the number of a step."""
-        accuracy = result["accuracy"]
+        accuracy, self.latest = result["accuracy"], (when, result)
         if when == "before":
             self.notes |= {"before": result, "best": accuracy}
         self.notes["best"] = max(self.notes["best"], accuracy)
@@ -1065,41 +1098,49 @@ class Run:
     def warn(self, text: str) -> None:
         """Each warning once."""
         if text not in self.warned:
-            self.warned.add(text)
             print(f"warning: {text}", flush=True)
+        self.warned.add(text)
 
-    def watch(self, rollouts: Rollouts, flat: int, groups: int, norm: float) -> None:
-        """The usual reasons why nothing is learnt, each with a remedy."""
-        if flat == groups and self.config.group_size > 1:
+    def watch(self, rollouts: Rollouts, reward, norm: float) -> dict:
+        """Figures of a step's rollouts; warns of the usual reasons why nothing is learnt. reward: (B,), or
+        those of fewer whole groups. cut: the share that ran out of tokens or turns."""
+        groups, tokens = reward.view(-1, self.config.group_size), rollouts.mask.sum()   # (groups, group_size)
+        flat = int((groups.amax(1) == groups.amin(1)).sum())
+        entropy, cut = float(rollouts.entropy.sum() / tokens), float((~rollouts.finished).float().mean())
+        if flat == len(groups) > 0 and self.config.group_size > 1:
             self.warn("in every group all rewards are equal, so the outcome gives no signal in this step; "
                       "take easier or harder problems, or a larger --group_size")
-        if (~rollouts.finished).float().mean() > 0.5:
+        if cut > 0.5:
             self.warn("more than half of the rollouts did not finish and score 0; "
                       "raise --max_new_tokens or --max_turns")
-        if rollouts.entropy.sum() / rollouts.mask.sum() < 0.01:
-            self.warn("the policy's entropy is below 0.01: it writes the same text again and again; "
-                      "lower --lr")
+        if entropy < 0.01:
+            self.warn("the entropy is below 0.01: the model writes the same text again and again; lower --lr")
         if not math.isfinite(norm):
             self.notes["skipped_steps"] += 1
             self.warn("the gradient is not finite; such steps are skipped and counted; lower --lr")
+        return {"entropy": entropy, "grad": norm, "length": float(tokens / len(rollouts.mask)), "cut": cut,
+                "flat groups": f"{flat}/{len(groups)}"}
 
-    def finish(self, model, tok, after: dict, **more) -> dict:
-        """Writes model/ and summary.json; returns the summary."""
-        self.evaluated("after", after)
-        self.notes["seconds"] = time.time() - self.began
-        notes, before, config = self.notes, self.notes["before"], self.config
+    def finish(self, model, tok, measure: Callable[[], dict], **more) -> dict:
+        """Last evaluation (unless the last step had one), model/, summary.json; returns the summary."""
+        when, result = self.latest
+        self.evaluated("after", result if when == self.notes["step"] > 0 else measure())
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        config, notes, after, before = self.config, self.notes, self.latest[1], self.notes["before"]
+        notes["seconds"] = time.time() - self.began
         summary = {
             "method": config.method, "seed": config.seed, "accuracy_before": before["accuracy"],
             "accuracy_after": after["accuracy"], "accuracy_best": notes["best"], "se": after["se"],
             "greedy_before": before["greedy_accuracy"], "greedy_after": after["greedy_accuracy"],
-            "greedy_se": after["greedy_se"], "skipped_steps": notes["skipped_steps"],
+            "greedy_se": after["greedy_se"], "length_before": before["length"],
+            "length_after": after["length"], "skipped_steps": notes["skipped_steps"],
             "seconds": notes["seconds"], "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]),
             **more, "config": dataclasses.asdict(config),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                         "transformers": transformers.__version__}}
+            "versions": {module.__name__: module.__version__ for module in (torch, transformers)}}
         model.save_pretrained(self.folder / "model")
         tok.save_pretrained(self.folder / "model")
-        write_atomically(json.dumps(summary, indent=1), self.folder / "summary.json")
+        with replacing(self.folder / "summary.json") as file:
+            file.write_text(json.dumps(summary, indent=1))
         print(f"wrote {self.folder}/  total {summary['seconds']:.0f} s", flush=True)
         return summary
 
@@ -1109,8 +1150,7 @@ def header(script: str, config, model, device) -> None:
     print(f"{script}  {config.method}  {config.model} model, {size:.2f} M parameters | {device}, "
           f"{threads} thread{'s' * (threads > 1)} | seed {config.seed} | {config.steps} steps x "
           f"{config.prompts_per_step} prompts x {config.group_size} rollouts\n"
-          "The loss is not printed: with one update a batch its value says nothing about progress.",
-          flush=True)
+          "The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
 
 
 def table(rows: list[list], head: list[str]) -> str:
@@ -1121,45 +1161,67 @@ def table(rows: list[list], head: list[str]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def mean_spread(values) -> str:
-    """mean ± sample standard deviation over seeds."""
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+def compared(train: Callable, config, variants: dict[str, dict], script: str) -> dict[str, list[dict]]:
+    """Trains every variant (name -> the flags in which it differs) on --seeds seeds: name -> summaries.
+
+    A table of hours may be stopped at any time: the next start takes the cells that are finished, and a cell
+    in the middle goes on from its checkpoint. --overwrite starts anew.
+    """
+    found, fresh = {name: [] for name in variants}, config.fresh
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name, flags in variants.items():
+            root, cell_name = config.out or f"runs/{script}-compare", re.sub("[^a-z0-9_]+", "-", name)
+            folder = Path(root, f"{cell_name}-s{seed}")
+            state, summary = folder / "state.pt", folder / "summary.json"
+            cell = dataclasses.replace(config, **{
+                "seed": seed, "out": str(folder), "show_every": 0, "fresh": fresh, **flags})
+            print(f"\n{name}, seed {seed}", flush=True)
+            done = json.loads(summary.read_text()) if summary.exists() and not config.overwrite else None
+            if done and done["config"]["steps"] == cell.steps and not changed_flags(done["config"], cell):
+                print(f"taken from {folder}, where it was finished earlier; --overwrite trains it again")
+            else:
+                cell.resume = state.exists() and not config.overwrite
+                cell.overwrite = config.overwrite or not (state.exists() or summary.exists())
+                done, fresh = train(cell), False  # the tiny models are fitted anew once, not for every cell
+            found[name].append(done)
+    return found
 
 
-def draw(png: str, panels: list[tuple[str, list]]) -> None:
-    """Panels side by side in one PNG: [(title, [(label, x values, y values), ...]), ...], over the step."""
+def seed_table(found: dict[str, list[dict]], columns: dict[str, str]) -> str:
+    """name -> summaries, one a seed; columns: key of the summary -> heading. Cells: mean ± sample standard
+    deviation over the seeds that have a number, - where none has."""
+    def cell(runs, key):
+        values = [run[key] for run in runs if run.get(key) is not None]
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{spread}" if values else "-"
+    rows = [[name, *(cell(runs, key) for key in columns)] for name, runs in found.items()]
+    return table(rows, ["method", *columns.values()])
+
+
+def plot_runs(png: str, folders: list) -> None:
+    """Accuracy, solved share, entropy and response length of run folders over the step, in one PNG."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.5))
-    for axis, (title, curves) in zip(axes, panels):
-        axis.set(title=title, xlabel="step")
-        for label, x, y in curves:
-            axis.plot(x, y, "o-" if len(x) < 20 else "-", label=label)
+    titles = {"accuracy": "held-out accuracy, T = 1", "solved": "solved (training batch)",
+              "entropy": "entropy (nats)", "length": "sampled tokens a rollout"}
+    figure, axes = plt.subplots(1, len(titles), figsize=(16, 3.5))
+    for folder in map(Path, folders):
+        if not (folder / "metrics.jsonl").exists():
+            fail(f"{folder} is not a run's folder (it has no metrics.jsonl); check --plot")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines if line.endswith("}")]  # while it runs, one may be half
+        when = {"before": 0, "after": max(r.get("step", 0) for r in records)}
+        for axis, (key, title) in zip(axes, titles.items()):
+            points = [(when.get(r.get("eval"), r.get("step")), r[key]) for r in records
+                      if key in r and ("eval" in r) == (key == "accuracy")]
+            axis.plot(*zip(*points), "o-" if key == "accuracy" else "-", label=folder.name)
+            axis.set(title=title, xlabel="step")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(png, dpi=120)
     plt.close(figure)
     print(f"wrote {png}")
-
-
-def plot_runs(png: str, folders: list) -> None:
-    """Accuracy, solved share, entropy and response length of one or more run folders, in one PNG."""
-    titles = {"accuracy": "held-out accuracy, T = 1", "solved": "solved (training batch)",
-              "entropy": "entropy (nats)", "length": "sampled tokens a rollout"}
-    curves = {key: [] for key in titles}
-    for folder in map(Path, folders):
-        try:
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-        except OSError:
-            fail(f"{folder} is not a run's folder (it has no metrics.jsonl); check --plot")
-        records = [json.loads(line) for line in lines if line.endswith("}")]  # while it runs, one may be half
-        when = {"before": 0, "after": max((r.get("step", 0) for r in records), default=0)}
-        for key, found in curves.items():
-            some = [r for r in records if key in r and ("eval" in r) == (key == "accuracy")]
-            x = [when.get(r["eval"], r["eval"]) if key == "accuracy" else r["step"] for r in some]
-            found.append((folder.name, x, [r[key] for r in some]))
-    draw(png, [(title, curves[key]) for key, title in titles.items()])
 
 
 def train_and_plot(config, train: Callable, script: str) -> None:
@@ -1189,12 +1251,13 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
     def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
         answers: list[str | None] = [None] * len(conversations)
         room = model.config.max_position_embeddings - max_new_tokens  # a longer conversation gets no answer
-        fitting = [i for i, c in enumerate(conversations) if len(prompt_ids(tok, c)) <= room]
+        # No text may end its own turn: here, where the tokenizer is known, its control tokens are broken up.
+        safe = [[{**m, "content": defused(tok, m["content"])} for m in c] for c in conversations]
+        fitting = [i for i, c in enumerate(safe) if len(prompt_ids(tok, c)) <= room]
         for start in range(0, len(fitting), batch):
             part = fitting[start:start + batch]
-            tasks = [Task(conversations[i], "") for i in part]
-            out = rollout(model, tok, tasks, max_new_tokens=max_new_tokens, temperature=temperature,
-                          generator=generator)
+            out = rollout(model, tok, [Task(safe[i], "") for i in part], max_new_tokens=max_new_tokens,
+                          temperature=temperature, generator=generator)
             for i, text, done in zip(part, out.texts, out.finished.tolist()):
                 answers[i] = text.rsplit("</think>", 1)[-1].strip() if done else None
         return answers
@@ -1204,44 +1267,153 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
 def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float, json_object: bool,
              api_key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 4, workers: int = 8,
              sleep: Callable = time.sleep) -> Callable:
-    """`chat_backend` for a server, `workers` requests at once; 429, 5xx and lost connections are retried."""
-    from huggingface_hub import InferenceClient, constants
-    if constants.HF_HUB_OFFLINE:
-        fail(f"huggingface_hub talks to no server, not even {url}, while HF_HUB_OFFLINE is set; unset it")
+    """`chat_backend` for a server, `workers` requests at once; 408, 429, 5xx and lost connections retried.
+
+    A first request is made here: a wrong address, key, model or flag must show before any work is done.
+    """
+    from huggingface_hub import InferenceClient
     # The key is explicit: without one the client would send this machine's Hugging Face token to the URL.
     client = InferenceClient(base_url=url, api_key=os.environ.get(api_key_env) or "EMPTY", timeout=timeout)
-    extra = {"response_format": {"type": "json_object"}} if json_object else {}
-    reached = False  # has the server ever said anything?
+    fixed = {"model": model_name or "default"}
+    if json_object:
+        fixed["response_format"] = {"type": "json_object"}
+    told = []  # the first thing that the server said instead of a reply
 
-    def ask(messages, sampling):
-        nonlocal reached
+    def request(messages, sampling):
+        """-> (text or None, what was said instead of a reply, would every other request fail too?)."""
         for attempt in range(retries + 1):
             try:
-                answer = client.chat_completion(messages, model=model_name or "default", **sampling, **extra)
-                reached, choice = True, answer.choices[0]
+                reply = within(timeout, lambda: client.chat_completion(messages, **fixed, **sampling))
+                choice = reply.choices[0]
                 whole = choice.finish_reason not in ("length", "content_filter")
-                return choice.message.content or None if whole else None
-            except Exception as error:  # the error classes differ between versions, this attribute does not
-                code = getattr(getattr(error, "response", None), "status_code", None)
-                # Whatever is no error of the network comes from reading an answer: the server is there.
-                answered = code is not None or isinstance(error, (TypeError, LookupError, ValueError))
-                reached, reason = reached or answered, type(error).__name__
-                if code in (401, 403, 404):
-                    fail(f"{url} answered {code}; "
-                         f"check the address, the model name '{model_name}' and ${api_key_env}")
-                if code is not None and code != 429 and code < 500:
-                    return None  # this conversation was refused; asking again would not help
+                return message_text(choice.message) if whole else None, "", False
+            except Exception as error:  # the error classes differ between versions, these attributes do not
+                response = getattr(error, "response", None)
+                code = getattr(response, "status_code", None)
+                said = getattr(response, "text", "") or getattr(error, "doc", "") or str(error)
+                said = f"{code or type(error).__name__} {said or f'nothing whole in {timeout:g} s'}"
+                said = " ".join(said.split())[:300]
+                # HTML, for example, or a URL that is none: what is not of these kinds is the network's.
+                unreadable = isinstance(error, (ValueError, TypeError, LookupError, AttributeError))
+                if code not in (408, 429) and (code < 500 if code else unreadable):
+                    return None, said, code in (401, 402, 403, 404)
+                wait = response.headers.get("retry-after", "") if code else ""
                 if attempt < retries:
-                    sleep(min(2.0 ** attempt, 30.0))
-        if not reached:  # else a wrong address would be waited for again in every call
-            fail(f"{url} gives no answer ({reason}); start the server, or check the address")
-        return None
+                    sleep(min(float(wait) if wait.isdigit() else 2.0 ** attempt, 60.0))
+        return None, said, False
 
-    def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
+    def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens, first=False):
         sampling = {"max_tokens": max_new_tokens, "temperature": temperature}
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(lambda messages: ask(messages, sampling), conversations))
+            replies = list(pool.map(lambda messages: request(messages, sampling), conversations))
+        for _, said, hopeless in replies:  # here and not in the threads: everything is said once
+            if hopeless or first and said:
+                fail(f"{url} gives no reply ({said}); check the server, the address, the model name "
+                     f"'{model_name}' and ${api_key_env}")
+            if said and not told:
+                told.append(said)
+                print(f"warning: {url} gave no reply to a request ({said}); said only once", flush=True)
+        return [text for text, _, _ in replies]
+
+    chat([[{"role": "user", "content": "Reply with the JSON object {} and nothing else."}]], first=True)
     return chat
+
+
+def within(seconds: float, call: Callable):
+    """call(), or TimeoutError: a server that drips byte by byte never reaches the time-out of a read."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+    threading.Thread(target=run, daemon=True).start()  # a daemon, so that nobody waits for the last drop
+    return future.result(seconds)
+
+
+def message_text(message) -> str | None:
+    """A server's message -> its text. Some send a list of parts; whatever else is no text is no reply."""
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    return content if isinstance(content, str) and content else None
+
+
+def read_object(text: str) -> dict:
+    """The first JSON object of a reply, whatever thinking, prose or code fence is around it; else ValueError.
+
+    The first one decides: trying later ones would take an inner item of a cut object for the whole.
+    """
+    if not text.lstrip().startswith("{"):  # else a value may speak of </think>
+        text = text.rsplit("</think>", 1)[-1]
+    found = re.search(r'(\[\s*)?(\{\s*")', text)  # \boxed{5} and {1, 2} open no object
+    if not found or found[1]:
+        raise ValueError("the reply holds no JSON object")
+    try:
+        return json.JSONDecoder().raw_decode(text, found.start(2))[0]
+    except (ValueError, RecursionError):
+        raise ValueError("the JSON object is broken or cut") from None
+
+
+def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Counter | None = None) -> list:
+    """check(the reply's JSON object) for each conversation, None where no usable reply came.
+
+    check: one function, or one for each conversation; by ValueError, LookupError or TypeError it says that a
+    reply is unusable. The model is then asked again and told why, for a greedy one would only repeat itself;
+    but not where no complete reply came: a server's errors have been retried already, and a cut reply would
+    be cut again. tally: counts "calls" and the reasons.
+    """
+    checks = check if isinstance(check, list) else [check] * len(conversations)
+    results, talks, todo = [None] * len(checks), list(conversations), list(range(len(checks)))
+    tally = Counter() if tally is None else tally
+    for _ in range(tries):
+        asked, todo = todo, []
+        for i, reply in zip(asked, chat([talks[i] for i in asked]) if asked else []):
+            reason = "no complete reply"
+            if reply is not None:
+                try:
+                    results[i], reason = checks[i](read_object(reply)), ""
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+                    note = f"Your last reply could not be used: {reason}. Reply with one JSON object alone."
+                    talks[i] = [*conversations[i], {"role": "assistant", "content": reply[:2000]},
+                                {"role": "user", "content": note}]
+                    todo.append(i)
+            tally.update(["calls", reason] if reason else ["calls"])
+    return results
+
+
+def remembered(chat: Callable, path: Path, key) -> Callable:
+    """`chat` with a memory on disk: JSON lines, of which a later one replaces an earlier one.
+
+    key: what else the replies depend on, the model for example. A conversation that stands several times in
+    one call has several replies. None is not stored: perhaps only a server was out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    memory, known = open(path, "a+b", buffering=0), {}  # one write a line: runs side by side do not mix
+    memory.seek(0)
+    for number, line in enumerate(memory.read().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            known[entry["address"]] = entry["reply"]
+        except (ValueError, LookupError, TypeError):
+            fail(f"{path}, line {number}: not a line of such a memory; repair or remove it")
+
+    def chat_or_remember(conversations, **sampling):
+        addresses, times = [], Counter()
+        for conversation in conversations:
+            text = json.dumps([key, sampling, conversation], sort_keys=True)
+            addresses.append(hashlib.sha256(f"{text} {times[text]}".encode()).hexdigest()[:32])
+            times[text] += 1
+        new = [i for i, address in enumerate(addresses) if address not in known]
+        for i, reply in zip(new, chat([conversations[i] for i in new], **sampling) if new else []):
+            if reply is not None:
+                known[addresses[i]] = reply
+                entry = {"address": addresses[i], "said": conversations[i][-1]["content"], "reply": reply}
+                memory.write((json.dumps(entry) + "\n").encode())
+        return [known.get(address) for address in addresses]
+    return chat_or_remember
 
 
 # -------------------------------------------------------------------------------- the GRPO baseline
@@ -1253,10 +1425,10 @@ def worked_solution(rng, task: Task, wrong: float = 0.0) -> str:
     value, modulus, steps = parse_chain(task.messages[-1]["content"])
     parts = []
     for label, operation, operand in steps:
-        right = APPLY[operation](value, operand) % modulus
-        result = rng.randrange(modulus) if rng.random() < wrong else right
-        parts.append(f"{label}{value}{operation}{operand}={result}")
-        value = result
+        before, value = value, APPLY[operation](value, operand) % modulus
+        if rng.random() < wrong:
+            value = rng.randrange(modulus)
+        parts.append(f"{label}{before}{operation}{operand}={value}")
     return ", ".join(parts) + f". \\boxed{{{value}}}"
 
 
@@ -1287,9 +1459,13 @@ def train(config: Config) -> dict:
     optimizer, rng = make_optimizer(student, config), random.Random(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
     sampling = dict(max_new_tokens=config.max_new_tokens, thinking=config.thinking)
-    first = run.track(model=student, optimizer=optimizer, dice=generator, prompts=rng)
+
+    def measure():
+        return evaluate(student, tok, held_out, **sampling)
+
+    first = run.track([student, optimizer], generator, rng)
     if not config.resume:
-        run.evaluated("before", evaluate(student, tok, held_out, greedy=True, **sampling))
+        run.evaluated("before", measure())
     for step in range(first, config.steps):
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
@@ -1300,20 +1476,14 @@ def train(config: Config) -> dict:
         advantages = group_advantages(reward, config.group_size)                    # (B,)
         norm = update(student, optimizer, rollouts, advantages[:, None], config, step)
 
-        flat = sum(len(set(group)) == 1 for group in reward.view(-1, config.group_size).tolist())
-        run.watch(rollouts, flat, config.prompts_per_step, norm)
-        tokens = rollouts.mask.sum()
-        run.step(step + 1, time.time() - started, {
-            "solved": float(reward.mean()), "entropy": float(rollouts.entropy.sum() / tokens), "grad": norm,
-            "length": float(tokens / len(reward)), "flat groups": f"{flat}/{config.prompts_per_step}"})
+        run.step(step + 1, started, {"solved": float(reward.mean()), **run.watch(rollouts, reward, norm)})
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {transcript(tok, rollouts, 0)}")
-        if config.eval_every and (step + 1) % config.eval_every == 0:
-            run.evaluated(step + 1, evaluate(student, tok, held_out, greedy=True, **sampling))
-        run.save(step + 1)
-    return run.finish(student, tok, evaluate(student, tok, held_out, greedy=True, **sampling))
+        run.end_step(step + 1, measure)
+    return run.finish(student, tok, measure)
 
 
+@command
 def main(argv=None) -> None:
     train_and_plot(parse(Config, argv), train, "common")
 

@@ -30,9 +30,9 @@ Eq. 7 `step_weights`, Eq. 8-10 `sod_advantages`.
 
 Left out: distributed training, the sandbox service, overlong penalty, the gated OPD that the code never uses.
 
-Built into the toy: the student's demonstrations contain errors at the rates in `STUDENT`, more of them after
-a first one; the teacher's contain no time-out, so it does not know what to do after one. That is the paper's
-premise, put there by hand. --timeout_rate 0 and --teacher_knows_timeouts take it away.
+Built into the toy, by hand, is the paper's premise: the student's demonstrations contain errors (`STUDENT`),
+more of them after a first one; the teacher's contain no time-out, so it does not know what to do after one.
+--timeout_rate 0 and --teacher_knows_timeouts take it away.
 """
 import dataclasses
 import functools
@@ -44,7 +44,6 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -238,9 +237,7 @@ def load_student(config, device):
 
 def load_teacher(config, tok, device):
     """The tiny teacher is fitted on nearly clean demonstrations and then improved with GRPO, as in the paper.
-
-    Unless it `knows` them, there are no time-outs in either phase.
-    """
+    Unless it `knows` them, there are no time-outs in either phase."""
     if config.teacher != "tiny":
         teacher, teacher_tok = common.load_model(config.teacher, device, trainable=False)
         common.check_same_tokenizer(tok, teacher_tok)
@@ -263,7 +260,7 @@ def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     tool = flaky(common.TOOLS["calculator"], timeout_rate, rng)
     optimizer = common.make_optimizer(model, config)
-    for step in common.tqdm(range(steps), desc="GRPO for the teacher", mininterval=1, leave=False):
+    for step in common.progress(range(steps), desc="GRPO for the teacher"):
         tasks = [common.chain_task(rng) for _ in range(config.prompts_per_step)]
         rollouts = common.rollout(model, tok, tasks, config.group_size, tool=tool,
                                   max_new_tokens=config.tiny_tokens, generator=generator)
@@ -290,9 +287,9 @@ def train(config: Config) -> dict:
 
     def measure():  # the same problems, dice and time-outs for every method
         still = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(0))
-        return common.evaluate(student, tok, held_out, greedy=True, tool=still, **sampling)
+        return common.evaluate(student, tok, held_out, tool=still, **sampling)
 
-    first = run.track(model=student, optimizer=optimizer, dice=generator, prompts=rng, timeouts=tool_rng)
+    first = run.track([student, optimizer], generator, rng, tool_rng)
     if not config.resume:
         run.evaluated("before", measure())
     for step in range(first, 0 if config.method == "sft" else config.steps):
@@ -316,57 +313,35 @@ def train(config: Config) -> dict:
         scored = time.time()
         norm = common.update(student, optimizer, rollouts, advantages, config, step)
 
-        log_step(run, step, started, rollouts, reward, advantages, teacher_logps, weights, norm,
-                 {"rollout_seconds": sampled - started, "score_seconds": scored - sampled})
+        tokens, statuses = rollouts.mask.sum(), sum(rollouts.tool_status, [])
+        failed = [status != "ok" for status in statuses if status != "none"]
+        run.step(step + 1, started, {
+            "solved": float(reward.mean()), "|A|": float(advantages.abs().sum() / tokens),
+            "kl(teacher)": float(((logps - teacher_logps) * rollouts.mask).sum() / tokens),
+            "weight": float(weights.sum() / tokens), "turns": len(statuses) / len(reward),
+            "failed calls": float(np.mean(failed or [0])), **run.watch(rollouts, reward, norm)},
+            rollout_seconds=sampled - started, score_seconds=scored - sampled)
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {common.transcript(tok, rollouts, 0)}")
-        if config.eval_every and (step + 1) % config.eval_every == 0:
-            run.evaluated(step + 1, measure())
-        run.save(step + 1)
-    return run.finish(student, tok, measure())
-
-
-def log_step(run, step, started, rollouts, reward, advantages, teacher_logps, weights, norm, seconds) -> None:
-    flat = sum(len(set(group)) == 1 for group in reward.view(-1, run.config.group_size).tolist())
-    groups, tokens = run.config.prompts_per_step, rollouts.mask.sum()
-    failed = [status != "ok" for row in rollouts.tool_status for status in row if status != "none"]
-    run.watch(rollouts, flat, groups, norm)
-    run.step(step + 1, time.time() - started, {
-        "solved": float(reward.mean()), "|A|": float(advantages.abs().sum() / tokens),
-        "kl(teacher)": float(((rollouts.logps - teacher_logps) * rollouts.mask).sum() / tokens),
-        "weight": float(weights.sum() / tokens), "entropy": float(rollouts.entropy.sum() / tokens),
-        "grad": norm, "turns": float(np.mean([len(s) for s in rollouts.steps])),
-        "failed calls": f"{100 * np.mean(failed or [0]):.0f}%",
-        "cut": f"{100 * float((~rollouts.finished).float().mean()):.0f}%", "flat groups": f"{flat}/{groups}",
-    }, length=float(tokens / len(reward)), **seconds)
+        run.end_step(step + 1, measure)
+    return run.finish(student, tok, measure)
 
 
 def compare(config: Config) -> None:
     """Every method from the same start, with the same prompts; mean and spread over seeds."""
-    root, results = Path(config.out or "runs/sod-compare"), {}
-    for seed in range(config.seeds):
-        for method in dict.fromkeys(config.methods):
-            one = dataclasses.replace(config, method=method, seed=seed, out=str(root / f"{method}-s{seed}"),
-                                      plot=[], fresh=config.fresh and not results, show_every=0)
-            results.setdefault(method, []).append(train(one))
-    keys = ("accuracy_after", "accuracy_best", "greedy_after", "seconds_per_step")
-    rows = [[method, *(common.mean_spread([r[key] for r in runs]) for key in keys)]
-            for method, runs in results.items()]
-    start = next(iter(results.values()))[0]
-    knows = "knows" if config.teacher_knows_timeouts else "has never seen"
-    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; "
-          f"time-outs {config.timeout_rate}, teacher {knows} them; mean ± standard deviation over "
-          f"{config.seeds} seeds; standard error of one accuracy about {start['se']:.3f}")
-    print(common.table(rows, ["method", "T = 1", "best T = 1", "greedy", "seconds a step"]))
+    found = common.compared(train, config, {m: {"method": m} for m in config.methods}, "sod")
+    start, knows = next(iter(found.values()))[0], config.teacher_knows_timeouts
+    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; time-outs "
+          f"{config.timeout_rate}, known to the teacher: {knows}; standard error of one {start['se']:.3f}")
+    print(common.seed_table(found, {"accuracy_after": "T = 1", "accuracy_best": "best T = 1",
+                                    "greedy_after": "greedy", "seconds_per_step": "seconds a step"}))
 
 
 # ----------------------------------------------------------------------------------- looking inside
 def oracle(task: Task, turns: list[str], statuses: list[str]):
     """Yields for each turn: what stands before it, whether it is right, and the right turn (always known).
-
-    Before it stands 'tool error' if the last trouble was an error message or a time-out, 'silent error' if a
-    wrong call was answered without complaint; a right call that succeeds makes the prefix 'clean' again.
-    """
+    'tool error': the last trouble was an error message or a time-out; 'silent error': a wrong call that was
+    answered without complaint; a right call that succeeds makes the prefix 'clean' again."""
     text = task.messages[-1]["content"]
     values, (_, _, steps) = common.chain_values(text), common.parse_chain(text)
     rights = [call_text(label, f"{value}{operation}{operand}")
@@ -439,32 +414,26 @@ def cascade(config: Config, count: int = 500) -> None:
     groups = {"clean": {r["i"] for r in records} - set(wrong),
               "wrong call at step 2": {i for i, k in wrong.items() if k == 1}}
 
-    def mean(key, some) -> float:
-        return float(np.mean([r[key] for r in some] or [math.nan]))
-
-    def by_step(key, rows):
-        return [mean(key, [r for r in records if r["i"] in rows and r["k"] == k]) for k in range(7)]
+    def mean(key, selected) -> str:
+        return f"{np.mean([r[key] for r in selected]):.2f}" if selected else "-"
 
     names = {"d": "d_k", "H": "teacher entropy", "w": "w_k", "teacher": "teacher's own call right"}
-    panels = [(name, [(group, range(1, 8), by_step(key, rows)) for group, rows in groups.items()])
-              for key, name in names.items()]
-    sizes = ", ".join(f"{group}: {len(rows)}" for group, rows in groups.items())
+    rows = [[f"{name}, {group}", *(mean(key, [r for r in records if r["i"] in members and r["k"] == k])
+                                   for k in range(7))]
+            for key, name in names.items() for group, members in groups.items()]
+    sizes = ", ".join(f"{group}: {len(members)}" for group, members in groups.items())
     print(f"\nby step, mean over trajectories ({sizes} of {count}; "
           "clean = every call right, time-outs repeated)")
-    print(common.table([[f"{name}, {group}", *(f"{v:.2f}".replace("nan", "-") for v in values)]
-                        for name, curves in panels for group, _, values in curves],
-                       ["", *(f"step {k + 1}" for k in range(7))]))
-    rows, keys = [], ("teacher", "right", "d", "H", "w")
+    print(common.table(rows, ["", *(f"step {k + 1}" for k in range(7))]))
+    rows = []
     for prefix in ("clean", "tool error", "silent error"):
-        some = [r for r in records if r["prefix"] == prefix and r["k"] > 0]
-        rows.append([prefix, len(some), *(f"{mean(key, some):.2f}" for key in keys)])
+        later = [r for r in records if r["prefix"] == prefix and r["k"] > 0]
+        rows.append([prefix, len(later), *(mean(key, later) for key in ("teacher", "right", "d", "H", "w"))])
     head = ["prefix", "steps", "teacher right", "student right", "d_k", "teacher entropy", "w_k"]
     print("\nby what stands before the step (steps 2, 3, ...)\n" + common.table(rows, head))
     lengths = Counter(Counter(r["i"] for r in records).values())
     print("\nsteps per trajectory: " + ", ".join(f"{k}: {n}" for k, n in sorted(lengths.items()))
           + " (with one step, SOD is OPD)")
-    if config.plot:
-        common.draw(config.plot[0], panels)
 
 
 def explain(config: Config) -> None:
@@ -473,17 +442,20 @@ def explain(config: Config) -> None:
     status, steps = rollouts.tool_status, rollouts.steps
     i = max(range(len(tasks)), key=lambda j: len(set(status[j])) + len(steps[j]) / 100)  # an eventful one
     rule, _, _ = METHODS[config.method]
-    weights = token_weights(rollouts.logps, teacher_logps, steps, status, rule, config.delta)
-    print(f"{tasks[i].messages[-1]['content']}\n{'token':<34} {'':<8} {'student':>8} {'teacher':>8} "
-          f"{'entropy':>8} {'weight':>7} {'w(q-s)':>7}")
-    end = rollouts.prompt_length + int(rollouts.attention_mask[i, rollouts.prompt_length:].sum())
-    for t in range(rollouts.prompt_length, end):
-        text = repr(tok.decode([int(rollouts.ids[i, t])]))[:34]
+    weights = token_weights(rollouts.logps, teacher_logps, steps, status, rule, config.delta)   # (B, T)
+    rows = []
+    for t in range(rollouts.prompt_length, len(rollouts.ids[i])):
+        token = repr(tok.decode([int(rollouts.ids[i, t])]))[:34]
         s, q, h, w = (float(x[i, t]) for x in (rollouts.logps, teacher_logps, teacher_entropy, weights))
-        print(f"{text:<34} sampled  {s:8.3f} {q:8.3f} {h:8.3f} {w:7.3f} {w * (q - s):+7.3f}"
-              if rollouts.mask[i, t] else f"{text:<34} given")
+        if rollouts.mask[i, t]:
+            rows.append([token, "sampled", s, q, h, w, w * (q - s)])
+        elif rollouts.attention_mask[i, t]:
+            rows.append([token, "given", *[""] * 5])
+    print(tasks[i].messages[-1]["content"])
+    print(common.table(rows, ["token", "", "student", "teacher", "entropy", "weight", "w(q-s)"]))
 
 
+@common.command
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
     if config.timeout_rate > 1:

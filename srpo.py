@@ -26,8 +26,9 @@ teacher (2.2, Table 3) `reprompt`, `teacher_pass`, `ema_update`.
     paper                                          here
     32 x 8 rollouts, Qwen3-4B and 8B               tiny: 16 x 8; the learning rates keep the ratio 1 : 10 : 5
     JSD on the student's top 100 tokens (code)     full vocabulary, in chunks: exact
+    SDPO: mean over rollouts of token means (code) one mean over all tokens, as in the formula
     advantage divided by std in 2.1, not in 4.1    not divided
-    teacher prompt cut at 10240 tokens (code)      a rollout whose teacher prompt is too long is not distilled
+    teacher prompt cut at 10240 tokens (code)      a rollout with a longer one goes to GRPO, and is counted
     10 warm-up steps, weight decay 0.01            5 warm-up steps, no decay: those of common.py
 
 Left out: rollout correction and clipping of stale ratios (one update a batch: the ratio is exactly 1), top-K,
@@ -38,7 +39,6 @@ import dataclasses
 import json
 import math
 import random
-import re
 import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -67,9 +67,9 @@ class Config(common.Config):
     lr: float | None = option(None, "learning rate; not given = the method's own, see LEARNING_RATES")
     eval_every: int = option(20, "evaluate every so many steps; 0 = only before and after")
     gate_tasks: int = option(40, "held-out problems to check that the model can read a solution; 0 = none")
-    max_prompt_tokens: int = option(4096, "a rollout that needs a longer teacher prompt is not distilled")
-    compare: bool = option(False, "run every method and print one table")
-    seeds: int = option(1, "with --compare: seeds a method")
+    max_prompt_tokens: int = option(4096, "a rollout that needs a longer teacher prompt goes to GRPO")
+    compare: bool = option(False, "run every method on --seeds seeds and print one table")
+    seeds: int = option(1, "seeds for --compare, from --seed on")
     explain: bool = option(False, "print one wrong rollout token by token, then stop")
 
 
@@ -80,10 +80,8 @@ def learning_rate(config) -> float:
 
 # ------------------------------------------------------------------------------------ the equations
 def pick_demonstration(rewards: list[float], group_size: int) -> list[int | None]:
-    """For every rollout the first correct *other* one of its group, or None (3.1; m = 1 where there is one).
-
-    rewards: B numbers, the group_size rollouts of a problem side by side. Correct means at least 0.5.
-    """
+    """B rewards -> for every rollout the first correct *other* one of its group, or None (3.1; m = 1 where
+    there is one). Correct means at least 0.5."""
     demos = []
     for i in range(len(rewards)):
         start = i - i % group_size
@@ -112,6 +110,7 @@ def route(rewards, demos: list[int | None], method: str = "srpo", distill: str =
 
 def jsd(logps, teacher_logps):
     """Jensen-Shannon divergence of two log-distributions, (n, V) each -> (n,) nats, at most ln 2 (2.2)."""
+    logps, teacher_logps = logps.clamp(min=-1e4), teacher_logps.clamp(min=-1e4)  # at -inf: 0 * inf = NaN
     # m = (p + q) / 2,   JSD = KL(p || m) / 2 + KL(q || m) / 2
     log_m = torch.logaddexp(logps, teacher_logps) - math.log(2)                     # (n, V)
     from_student = (logps.exp() * (logps - log_m)).sum(-1)                          # (n,)
@@ -119,16 +118,9 @@ def jsd(logps, teacher_logps):
     return 0.5 * (from_student + from_teacher)
 
 
-def entropy(logps):
-    """H = -sum_v q(v) log q(v) over the full vocabulary, (n, V) -> (n,) nats (3.2)."""
-    return -(logps.exp() * logps).sum(-1)
-
-
 def entropy_weights(teacher_entropy, beta: float):
-    """w = exp(-beta H) / mean exp(-beta H), (n,) -> (n,), without gradient (3.2).
-
-    n: the tokens of *all* distilled rollouts of the step; means over micro-batches would change the mixture.
-    """
+    """w = exp(-beta H) / mean exp(-beta H), (n,) -> (n,), without gradient (3.2). n: the tokens of *all*
+    distilled rollouts of the step; means over micro-batches would change the mixture."""
     return len(teacher_entropy) * torch.softmax(-beta * teacher_entropy.detach(), 0)   # (n,)
 
 
@@ -152,7 +144,7 @@ def reprompt(messages: list[dict], solution: str) -> list[dict]:
 def solution_text(tok, rollouts, row: int) -> str:
     """A rollout as demonstration, without thinking and without special tokens, real or spelt out."""
     text = tok.decode(rollouts.ids[row][rollouts.mask[row].bool()], skip_special_tokens=True)
-    return text.rsplit("</think>", 1)[-1].replace("<|", "< |").strip()
+    return common.defused(tok, text.rsplit("</think>", 1)[-1].strip())
 
 
 def teacher_messages(tok, tasks, rollouts, demos, config) -> dict[int, list[dict]]:
@@ -167,8 +159,8 @@ def teacher_messages(tok, tasks, rollouts, demos, config) -> dict[int, list[dict
 def response_batch(tok, messages: list, rollouts, rows: list[int], thinking: bool = False):
     """[left-padded prompt | response, right-padded] -> ids, attention_mask, mask, (b, t) each.
 
-    Student and teacher inputs are both built here and differ in the prompt alone. The response is made of the
-    rollout's own ids, never encoded anew, so the k-th token under the mask is the same token for both.
+    For student and teacher alike, so that only the prompts differ. The response is made of the rollout's own
+    ids, never encoded anew: the k-th token under the mask is the same token for both.
     """
     device, pad = rollouts.ids.device, tok.pad_token_id
     prompts = [common.prompt_ids(tok, m, thinking=thinking) for m in messages]
@@ -182,14 +174,12 @@ def response_batch(tok, messages: list, rollouts, rows: list[int], thinking: boo
 @torch.no_grad()
 def teacher_pass(teacher, tok, messages: dict[int, list[dict]], rollouts, config):
     """The teacher re-reads the rows named in `messages`: row -> hidden states (n, H), row -> entropies (n,).
-
-    Hidden states are kept, not distributions: n x H is small, n x V is not; the head makes one from the other
-    """
+    Hidden states are kept, not distributions: n x H is small, n x V is not, and the head makes them anew."""
     def spread(logits):                                                             # (n, V)
-        return entropy(F.log_softmax(logits / config.temperature, -1))              # (n,)
+        return common.entropy_of(F.log_softmax(logits / config.temperature, -1))    # (n,)
 
     hidden, entropies = {}, {}
-    for rows, _ in common.micro_batches(rollouts, messages, config.micro_batch) if messages else ():
+    for rows, _ in common.micro_batches(rollouts, list(messages), config.micro_batch):
         prompts = [messages[i] for i in rows]
         ids, attention, mask = response_batch(tok, prompts, rollouts, rows, config.thinking)
         states = common.hidden_at(teacher, ids, attention, mask)                    # (n, H)
@@ -201,84 +191,77 @@ def teacher_pass(teacher, tok, messages: dict[int, list[dict]], rollouts, config
 
 
 # ------------------------------------------------------------------------------------ one step
-def token_losses(student, teacher, hidden, ids, teacher_hidden, routed, temperature: float):
-    """Log-prob of every token (n,), and the JSD of the routed ones (n_s,).
-
-    hidden (n, H) of the student, ids (n,), teacher_hidden (n_s, H), routed (n,) bool.
-    """
-    head, theirs = student.get_output_embeddings(), teacher.get_output_embeddings()
-    dtype = torch.bfloat16 if hidden.is_cuda else hidden.dtype  # what over_vocab_chunks does for the student
-    weight, bias = theirs.weight.to(dtype), None if theirs.bias is None else theirs.bias.to(dtype)
-
+def sampled_logps(student, hidden, ids, temperature: float):
+    """Log-prob of each token: hidden (n, H) of the student, ids (n,) -> (n,)."""
     def logp(logits, token):                                                        # (n, V), (n,)
         return F.log_softmax(logits / temperature, -1).gather(1, token[:, None])[:, 0]
+    return common.over_vocab_chunks(hidden, student.get_output_embeddings(), logp, ids)
+
+
+def divergences(student, teacher, hidden, teacher_hidden, temperature: float):
+    """JSD at each token: hidden, teacher_hidden (n, H) -> (n,). The gradient goes to the student alone."""
+    teacher_logits = common.lm_head(teacher.get_output_embeddings())
 
     def divergence(logits, states):                                                 # (n, V), (n, H)
         with torch.no_grad():
-            teacher_logits = F.linear(states.to(dtype), weight, bias).float()       # (n, V)
-        return jsd(*(F.log_softmax(x / temperature, -1) for x in (logits, teacher_logits)))
-
-    return (common.over_vocab_chunks(hidden, head, logp, ids),
-            common.over_vocab_chunks(hidden[routed], head, divergence, teacher_hidden))
+            q = F.log_softmax(teacher_logits(states) / temperature, -1)             # (n, V)
+        return jsd(F.log_softmax(logits / temperature, -1), q)
+    return common.over_vocab_chunks(hidden, student.get_output_embeddings(), divergence, teacher_hidden)
 
 
 def backward(student, teacher, tok, tasks, rollouts, reward, config) -> dict:
-    """Routes a batch of rollouts, leaves the gradient of L in the student, returns what is to be logged.
-
-    reward (B,). `signal` is False if nothing in the batch teaches anything: then the caller must not step.
-    """
-    B, group_size = len(rollouts.ids), len(rollouts.ids) // len(tasks)
+    """Routes a batch of rollouts by their reward (B,), leaves the gradient of L in the student, returns what
+    is to be logged. `signal`: does anything in the batch teach anything? If not, the caller must not step."""
+    B, group_size, started = len(rollouts.ids), len(rollouts.ids) // len(tasks), time.time()
     demos = pick_demonstration(reward.tolist(), group_size)
+    _, wanted, _ = route(reward, demos, config.method, config.distill)              # (B,)
+    demos = [d if z else None for d, z in zip(demos, wanted.tolist())]
     messages = teacher_messages(tok, tasks, rollouts, demos, config)
-    demos = [d if i in messages else None for i, d in enumerate(demos)]
-    z_grpo, z_sdpo, counted = route(reward, demos, config.method, config.distill)   # (B,) each
+    z_grpo, z_sdpo, counted = route(                                                # (B,) each
+        reward, [d if i in messages else None for i, d in enumerate(demos)], config.method, config.distill)
     # A_i = r_i - mean over the *whole* group: over its GRPO part, all of them right, it would always be 0
     advantages = common.group_advantages(reward, group_size, std=False)             # (B,)
     tokens = rollouts.mask[counted].sum()  # N: rollouts without any gradient count too
 
-    started = time.time()
-    routed = z_sdpo.nonzero()[:, 0].tolist()  # the teacher reads these and no others: here SRPO saves time
-    messages = {i: messages[i] for i in routed}
+    # The teacher reads the routed rollouts and no others: here SRPO saves time.
     teacher_hidden, entropies = teacher_pass(teacher, tok, messages, rollouts, config)
-    log, weights = {"routed": len(routed) / B, "teacher_seconds": time.time() - started}, {}
-    if routed:
-        h = torch.cat([entropies[i] for i in routed])                               # (n,)
+    log, weights = {"routed": len(messages) / B, "teacher_seconds": time.time() - started}, {}
+    log["too_long"] = sum(d is not None for d in demos) - len(messages)
+    if messages:
+        h = torch.cat([entropies[i] for i in messages])                             # (n,)
         w = entropy_weights(h, config.beta if config.method == "srpo" else 0.0)     # (n,)
-        weights = dict(zip(routed, w.split([len(entropies[i]) for i in routed])))
+        weights = dict(zip(messages, w.split([len(entropies[i]) for i in messages])))
         log |= {"jsd": 0.0, "teacher H": float(h.mean()), "sd(w)": float(w.std(correction=0))}
 
     active = [i for i in range(B) if z_sdpo[i] or z_grpo[i] * advantages[i]]  # all others have gradient 0
     student.train()
-    for rows, _ in common.micro_batches(rollouts, active, config.micro_batch) if active else ():
+    for rows, _ in common.micro_batches(rollouts, active, config.micro_batch):
         prompts = [tasks[i // group_size].messages for i in rows]
         ids, attention, mask = response_batch(tok, prompts, rollouts, rows, config.thinking)
         hidden = common.hidden_at(student, ids, attention, mask)                    # (n, H)
         z_g, z_s, A = (x[rows].repeat_interleave(mask.sum(1)) for x in (z_grpo, z_sdpo, advantages))  # (n,)
-        here = [i for i in rows if z_sdpo[i]]
-        states = torch.cat([hidden[:0].detach(), *(teacher_hidden[i] for i in here)])   # (n_s, H)
-        w = torch.cat([A[:0], *(weights[i] for i in here)])                         # (n_s,)
-        logps, d = token_losses(student, teacher, hidden, ids[mask.bool()], states, z_s > 0,
-                                config.temperature)                                 # (n,), (n_s,)
         # L = (sum z_grpo l_grpo + sum z_sdpo w JSD) / N. This policy is the one that sampled: ratio 1.
+        logps = sampled_logps(student, hidden, ids[mask.bool()], config.temperature)    # (n,)
         loss = common.policy_loss(logps, logps.detach(), A, z_g, denominator=tokens)
-        (loss + (z_s[z_s > 0] * w * d).sum() / tokens).backward()
-        if here:
+        if distilled := [i for i in rows if z_sdpo[i]]:
+            states = torch.cat([teacher_hidden[i] for i in distilled])              # (m, H)
+            w = torch.cat([weights[i] for i in distilled])                          # (m,)
+            d = divergences(student, teacher, hidden[z_s > 0], states, config.temperature)  # (m,)
+            loss = loss + (z_s[z_s > 0] * w * d).sum() / tokens
             log["jsd"] += float(d.detach().sum()) / len(h)
+        loss.backward()
     student.eval()
     return log | {"signal": bool(active)}
 
 
 # ------------------------------------------------------------------------------------ the tiny base model
-# A self-teacher needs a base that is often wrong, yet can read a correct solution standing in its prompt. A
-# tiny model learns that only from a corpus which shows it. So this ability is put in by design; what the
-# methods then make of it is not.
+# A self-teacher needs a base that is often wrong, yet can read a correct solution in its prompt. A tiny model
+# learns that only from a corpus which shows it: that is put in by design, what the methods make of it is not.
 MODULUS, OPERATIONS = 10, (5, 5)
 FIT = {"documents": 12000, "steps": 800, "hidden_size": 80, "layers": 3}
-CONTEXT_SHARE = 0.6         # documents with a correct solution in the prompt
-SAME_STYLE = 0.8            # of those: the attempt has the solution's style
-WRONG = 0.05                # a result is a random number, and the chain goes on from it
-WRONG_WITH_SOLUTION = 0.01  # the same where a solution stands in the prompt
-SNAP_BACK = 0.5             # there, after an error: a result is the solution's, though it does not follow
+CONTEXT_SHARE, SAME_STYLE = 0.6, 0.8    # documents with a solution in the prompt; attempts in its style
+WRONG, WRONG_WITH_SOLUTION = 0.05, 0.01  # a result is a random number, and the chain goes on from it
+SNAP_BACK = 0.5  # with a solution, after an error: a result is the solution's, though it does not follow
 
 
 def small_chain(rng) -> Task:
@@ -334,7 +317,7 @@ def sampling(config) -> dict:
 
 def gates(student, tok, tasks, config) -> dict:
     """Can this model read a solution? If not, its self-teacher is noise. Prints accuracies at T = 1."""
-    generator = torch.Generator(next(student.parameters()).device).manual_seed(4321)
+    generator = torch.Generator(student.device).manual_seed(4321)
 
     def attempt(tasks):
         out = common.rollout(student, tok, tasks, config.group_size, generator=generator, **sampling(config))
@@ -359,31 +342,27 @@ def gates(student, tok, tasks, config) -> dict:
 
 
 # ------------------------------------------------------------------------------------ training
-def evaluate(student, tok, tasks, config) -> dict:
-    """At T = 1 and greedy, and as the paper does at T = 0.6 with top-p 0.95 (`cool_accuracy`)."""
-    cool = common.evaluate(student, tok, tasks, temperature=0.6, top_p=0.95, **sampling(config))
-    warm = common.evaluate(student, tok, tasks, greedy=True, **sampling(config))
-    return warm | {"cool_accuracy": cool["accuracy"]}
-
-
 def train(config: Config) -> dict:
     """One loop for all methods: sample, route, one backward pass, one update, then the teacher follows."""
-    if config.minibatches != 1:
-        common.fail("--minibatches must be 1: routing, weights and N belong to one update on the whole batch")
     device = common.setup(config)
     train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain,
                                               config.prompts_per_step)
     run = common.Run(config, "srpo")
     student, tok = load_student(config, device)
     common.header("srpo.py", config, student, device)
-    teacher = copy.deepcopy(student).requires_grad_(False)  # storage of its own, else it would be the student
+    # Storage of its own, else it would be the student. GRPO has no teacher.
+    teacher = None if config.method == "grpo" else copy.deepcopy(student).requires_grad_(False)
     optimizer, rng = common.make_optimizer(student, config), random.Random(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
-    first = run.track(model=student, teacher=teacher, optimizer=optimizer, dice=generator, prompts=rng)
-    if config.gate_tasks and not config.resume:
-        run.log({"gates": gates(student, tok, held_out[:config.gate_tasks], config)})
+
+    def measure():
+        return common.evaluate(student, tok, held_out, **sampling(config))
+
+    first = run.track([student, optimizer] + [teacher] * (teacher is not None), generator, rng)
     if not config.resume:
-        run.evaluated("before", evaluate(student, tok, held_out, config))
+        if config.gate_tasks:
+            run.log({"gates": gates(student, tok, held_out[:config.gate_tasks], config)})
+        run.evaluated("before", measure())
     for step in range(first, config.steps):
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
@@ -392,79 +371,51 @@ def train(config: Config) -> dict:
         sampled = time.time()
         reward, norm = common.rewards(rollouts, tasks), 0.0                         # (B,)
         log = backward(student, teacher, tok, tasks, rollouts, reward, config)
-        teacher_seconds = log.pop("teacher_seconds")
         if log.pop("signal"):  # if not, not even Adam's momentum may move the student, and the teacher waits
             norm = common.apply_gradients(student, optimizer, step, learning_rate(config))
-            if math.isfinite(norm):
+            if teacher is not None and math.isfinite(norm):
                 ema_update(teacher, student, config.ema)
-        group_mean = reward.view(-1, config.group_size).mean(1)                     # (groups,)
-        wrong, right = int((group_mean == 0).sum()), int((group_mean == 1).sum())
-        run.watch(rollouts, wrong + right, config.prompts_per_step, norm)
-        run.step(step + 1, time.time() - started,
-                 {"solved": float(reward.mean()), **log, "grad": norm,
-                  "length": float(rollouts.mask.sum(1).float().mean()),
-                  "all wrong/right": f"{wrong}/{right}"},
-                 reward=float(reward.mean()), finished=float(rollouts.finished.float().mean()),
-                 all_wrong=wrong, all_right=right, rollout_seconds=sampled - started,
-                 teacher_seconds=teacher_seconds,
-                 entropy=float(rollouts.entropy.sum() / rollouts.mask.sum()))
+        times = {"rollout_seconds": sampled - started, "teacher_seconds": log.pop("teacher_seconds")}
+        too_long, group_mean = log.pop("too_long"), reward.view(-1, config.group_size).mean(1)  # (groups,)
+        if too_long:
+            run.warn("some teacher prompts are longer than --max_prompt_tokens, and their rollouts get a "
+                     "negative GRPO advantage instead of a teacher; raise it, or shorten the answers")
+        run.step(step + 1, started, {
+            "solved": float(reward.mean()), **log, "all wrong": int((group_mean == 0).sum()),
+            "all right": int((group_mean == 1).sum()), **run.watch(rollouts, reward, norm)},
+            too_long=too_long, **times)
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {common.transcript(tok, rollouts, 0)}")
-        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
-            run.evaluated(step + 1, evaluate(student, tok, held_out, config))
-        run.save(step + 1)
-    after = evaluate(student, tok, held_out, config)
-    return run.finish(student, tok, after, **trends(run, after))
+        run.end_step(step + 1, measure)
+    return run.finish(student, tok, measure, **trends(run.metrics))
 
 
-def trends(run, after: dict) -> dict:
-    """For the summary: T = 0.6 and lengths before and after, and [first, last]: means of ten steps each."""
-    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    evals = [r for r in records if "eval" in r] + [after]
-    cool = [e["cool_accuracy"] for e in evals]
-    result = {"cool_before": cool[0], "cool_after": cool[-1], "cool_best": max(cool),
-              "length_before": evals[0]["length"], "length_after": after["length"]}
+def trends(metrics) -> dict:
+    """For the summary: means over the first and the last ten steps that measured something."""
+    records, result = [json.loads(line) for line in metrics.read_text().splitlines()], {}
     for key in ("teacher H", "routed", "teacher_seconds"):
         values = [r[key] for r in records if key in r]
-        result[key] = [sum(part) / len(part) for part in (values[:10], values[-10:])] if values else []
+        for when, ten in (("first", values[:10]), ("last", values[-10:])):
+            result[f"{key}, {when}"] = sum(ten) / len(ten) if ten else None
     return result
 
 
 # ------------------------------------------------------------------------------------ compare, explain
-EQUAL = "grpo, srpo's rate"
-ROWS = ["grpo", "sdpo", "srpo", "srpo_no_weight", "mix", EQUAL]
-
-
 def compare(config) -> None:
-    """Every method from the same start on the same problems; a table after each of the --seeds."""
-    found = {name: [] for name in ROWS}
-    for seed in range(config.seed, config.seed + config.seeds):
-        for name in ROWS:
-            first = seed == config.seed and name == ROWS[0]  # the base is fitted and examined once
-            method, rate_of = ("grpo", "srpo") if name == EQUAL else (name, name)
-            folder = f"{config.out or 'runs/srpo-compare'}/{re.sub('[^a-z]+', '-', name)}-s{seed}"
-            found[name].append(train(dataclasses.replace(
-                config, method=method, lr=learning_rate(dataclasses.replace(config, method=rate_of)),
-                seed=seed, out=folder, show_every=0, plot=[], fresh=config.fresh and first,
-                gate_tasks=config.gate_tasks if first else 0)))
-        print(comparison(found), flush=True)
+    """Every method from the same start on the same problems; mean and spread over --seeds seeds."""
+    variants = {m: {"method": m} for m in ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix")}
+    rate = learning_rate(dataclasses.replace(config, method="srpo"))
+    variants["grpo, srpo's rate"] = {"method": "grpo", "lr": rate}
+    found = common.compared(train, dataclasses.replace(config, gate_tasks=0), variants, "srpo")
     start = found["grpo"][0]
-    print(f"start: {start['accuracy_before']:.3f} at T 1, {start['cool_before']:.3f} at T 0.6, length "
-          f"{start['length_before']:.1f}; best: of all evaluations; a > b: mean of ten steps, first and last")
-
-
-def comparison(found: dict[str, list[dict]]) -> str:
-    """Method -> summaries, one a seed; as a table of means and standard deviations over seeds."""
-    rows = []
-    for name, runs in found.items():
-        accuracy = [common.mean_spread([s[k] for s in runs])
-                    for k in ("accuracy_after", "accuracy_best", "cool_after", "cool_best")]
-        trends = [" > ".join(f"{sum(x) / len(x):.2f}" for x in zip(*(s[k] for s in runs if s[k]))) or "-"
-                  for k in ("teacher H", "routed", "teacher_seconds")]
-        length, seconds = (sum(s[k] for s in runs) / len(runs) for k in ("length_after", "seconds_per_step"))
-        rows.append([name, *accuracy, f"{length:.1f}", *trends, f"{seconds:.2f}"])
-    return common.table(rows, ["method", "final, T 1", "best, T 1", "final, T 0.6", "best, T 0.6", "length",
-                               "teacher H", "routed", "teacher s", "s/step"])
+    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy, length "
+          f"{start['length_before']:.1f}; first, last: means of ten steps")
+    print(common.seed_table(found, {
+        "accuracy_after": "T = 1", "accuracy_best": "best T = 1", "greedy_after": "greedy",
+        "length_after": "length", "teacher H, first": "teacher H, first", "teacher H, last": "last",
+        "routed, first": "routed, first", "routed, last": "last",
+        "teacher_seconds, first": "teacher s, first", "teacher_seconds, last": "last",
+        "seconds_per_step": "s/step"}))
 
 
 def explain(config) -> None:
@@ -486,28 +437,28 @@ def explain(config) -> None:
     for prompt in (task.messages, messages[row]):  # at step 0 the teacher is the student
         with torch.no_grad():
             ids, attention, mask = response_batch(tok, [prompt], rollouts, [row], config.thinking)
-            logits = student.get_output_embeddings()(common.hidden_at(student, ids, attention, mask)).float()
-        logps.append(F.log_softmax(logits / config.temperature, -1))                # (n, V)
+            hidden = common.hidden_at(student, ids, attention, mask)                # (n, H)
+            logits = common.lm_head(student.get_output_embeddings())(hidden)        # (n, V)
+        logps.append(F.log_softmax(logits / config.temperature, -1))
     (p, q), tokens = logps, ids[mask.bool()]
-    d, h = jsd(p, q), entropy(q)                                                    # (n,) each
-    w = entropy_weights(h, config.beta)                                             # (n,)
-
-    def shown(token):
-        return tok.decode([int(token)]).replace("\n", "\\n")
-    numbers = torch.stack([p.exp().gather(1, tokens[:, None])[:, 0], q.exp().gather(1, tokens[:, None])[:, 0],
-                           d, h, w], 1).tolist()                                    # (n, 5)
-    rows = [[shown(t), shown(best), *five] for t, best, five in zip(tokens, q.argmax(1), numbers)]
+    h = common.entropy_of(q)                                                        # (n,)
+    p_token, q_token = (x.exp().gather(1, tokens[:, None])[:, 0] for x in (p, q))   # (n,) each
+    columns = [x.tolist() for x in (p_token, q_token, jsd(p, q), h, entropy_weights(h, config.beta))]
+    said, expected = ([repr(tok.decode([i]))[1:-1] for i in x.tolist()] for x in (tokens, q.argmax(1)))
     print(f"problem   {task.messages[-1]['content']}\nanswer    {task.answer}\n"
           f"sibling   {solution_text(tok, rollouts, demos[row])}   (right: stands in the teacher's prompt)\n"
           f"rollout   {solution_text(tok, rollouts, row)}   (wrong: re-read by the teacher)\n")
-    print(common.table(rows, ["token", "teacher would say", "student p", "teacher p", "JSD", "H", "weight"]))
-    print("\nhere the weights have mean 1 over this rollout; in training, over all distilled tokens")
+    print(common.table(list(zip(said, expected, *columns)),  # mean 1 over this rollout; in training, over all
+                       ["token", "teacher would say", "student p", "teacher p", "JSD", "H", "weight"]))
 
 
+@common.command
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
     if config.ema > 1:
         common.fail(f"--ema {config.ema} is out of range; give a share from 0 to 1")
+    if config.minibatches != 1:
+        common.fail("--minibatches must be 1: routing, weights and N belong to one update on the whole batch")
     if config.explain:
         return explain(config)
     if config.compare:

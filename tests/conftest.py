@@ -40,6 +40,12 @@ def refused(capsys):
     return call
 
 
+def timeless(folder) -> list[dict]:
+    """The lines of a run's metrics.jsonl without their times."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
 class Server:
     """OpenAI-compatible, on the loopback device; `behave(body, count)` -> (status, text, finish reason)."""
 

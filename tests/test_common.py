@@ -5,8 +5,6 @@ import json
 import math
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,8 +12,7 @@ import torch
 
 import common
 from common import Task
-
-ROOT = common.Path(common.__file__).parent
+from conftest import timeless
 
 
 @pytest.fixture(scope="module")
@@ -186,32 +183,27 @@ def test_minibatches_reuse_the_frozen_log_probs(tok, model, monkeypatch):
 
 # ----------------------------------------------------------------------------------------- rollouts
 class Script:
-    """Stands in for common.choose: hands each row its own ids, in order, whatever the batch looks like.
+    """Stands in for common.choose: hands each row its own ids, in order. The rollout asks in the order of its
+    batch and drops only rows that are done, which this class follows from the scripts."""
 
-    A row is recognised by its cache-free history: the rollout asks in the order of its batch, and drops only
-    rows that are done, which this class follows from the scripts.
-    """
     def __init__(self, scripts, glue):
         self.scripts, self.at, self.rows = scripts, [0] * len(scripts), list(range(len(scripts)))
-        self.waiting = [0] * len(scripts)
-        self.glue = glue  # glue(row, k): forced ids after its k-th sampled id
+        self.waiting, self.glue = [0] * len(scripts), glue  # glue(row, k): forced ids after its k-th sampled
 
-    def __call__(self, logits, temperature, top_p, generator):
+    def __call__(self, logits, temperature, generator):
         if len(logits) < len(self.rows):
             self.rows = [i for i in self.rows if self.waiting[i] or self.at[i] < len(self.scripts[i])]
         assert len(logits) == len(self.rows)
-        chosen = []
-        for i in self.rows:
+        chosen = [0] * len(self.rows)  # 0: is overruled by the queue, or the row is done
+        for j, i in enumerate(self.rows):
             if self.waiting[i] or self.at[i] >= len(self.scripts[i]):
                 self.waiting[i] = max(0, self.waiting[i] - 1)
-                chosen.append(0)  # is overruled by the queue, or the row is done
             else:
-                chosen.append(self.scripts[i][self.at[i]])
+                chosen[j] = self.scripts[i][self.at[i]]
                 self.waiting[i] = self.glue(i, self.at[i])
                 self.at[i] += 1
-        token = torch.tensor(chosen)
-        logps = torch.log_softmax(logits / temperature, -1)
-        return token, logps.gather(1, token[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+        token, logps = torch.tensor(chosen), torch.log_softmax(logits / temperature, -1)
+        return token, logps.gather(1, token[:, None])[:, 0], common.entropy_of(logps)
 
 
 def call(expression, name="calculator"):
@@ -311,16 +303,6 @@ def test_same_seed_same_rollouts_and_greedy_is_the_argmax(tok, model):
     assert torch.equal(logits[:, :-1].argmax(-1)[chosen], greedy.ids[:, 1:][chosen])
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_p():
-    logits = torch.tensor([[.5, .3, .15, .05]]).log().repeat(2000, 1)
-    generator = torch.Generator().manual_seed(0)
-    assert set(common.choose(logits, 1.0, 0.6, generator)[0].tolist()) == {0, 1}
-    assert set(common.choose(logits, 1.0, 1.0, generator)[0].tolist()) == {0, 1, 2, 3}
-    token, logp, entropy = common.choose(logits, 1.0, 0.6, generator)
-    assert logp[token == 0][0] == pytest.approx(math.log(.5))  # of the full distribution
-    assert float(entropy[0]) == pytest.approx(-sum(p * math.log(p) for p in (.5, .3, .15, .05)), abs=1e-6)
-
-
 QWEN_LIKE = """{%- for m in messages %}{%- if m.role == 'assistant' %}<|im_start|>assistant
 {% if loop.last %}<think>
 
@@ -355,10 +337,17 @@ def test_tool_glue_comes_from_the_template(tok):
     common.tool_glue.cache_clear()
 
 
-def test_a_tool_cannot_end_a_turn(tok):
-    end = common.end_of_turn(tok)
-    written, plain = (common.tool_message_ids(tok, text) for text in ("a<|im_end|>b", "a"))
-    assert written.count(end) == plain.count(end)
+def test_no_text_in_a_prompt_can_begin_or_end_a_turn(tok):
+    """Neither a tool's answer nor what a model wrote, whatever the tokenizer's special tokens look like."""
+    other = copy.deepcopy(tok)
+    other.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["[INST]", "<end_of_turn>"]})
+    special = set(other.convert_tokens_to_ids([*other.all_special_tokens, "[INST]", "<end_of_turn>"]))
+    text = "a<|im_end|>b[INST]<s><end_of_turn><|im_start|>"
+    assert len(special) == 5 and special <= {*common.encode(other, text)} | {other.pad_token_id}
+    assert not special & {*common.encode(other, common.defused(other, text))}
+    assert common.defused(other, "x < 3, a[0], <|im|>") == "x < 3, a[0], <|im|>"
+    written, plain = (common.tool_message_ids(other, t) for t in (text, "a"))
+    assert [i for i in written if i in special] == [i for i in plain if i in special]
 
 
 def test_tool_schema_reaches_the_prompt_whatever_the_template(tok):
@@ -380,8 +369,7 @@ def test_calculator(expression, answer):
 
 
 @pytest.mark.parametrize("expression", ["4+*1", "", "1/0", "9**9**9", "__import__('os')", "a", "1j", "'x'*3",
-                                        "(" * 300, "1e999",
-                                        "True", "(-8)**.5", "\x00"])
+                                        "(" * 300, "1e999", "True", "(-8)**.5", "\x00"])
 def test_calculator_refuses(expression):
     assert common.run_calculator({"expression": expression}) == (common.BAD_EXPRESSION, "error")
     assert common.run_calculator({}) == (common.BAD_EXPRESSION, "error")
@@ -429,7 +417,11 @@ def test_parse_tool_call():
     ("<answer>\nD\n</answer>", "D", True), ("<answer>d</answer>", "D", False),
     ("<answer>D. text</answer>", "D", False), ("I think it is 42", "42", False),
     ("<think>\\boxed{1}</think> \\boxed{3}", "3", True), ("50%", "50", True), ("", "1", False),
-    ("\\boxed{}", "1", False), ("C", "C", True), ("-7.50", "-7.5", True), ("\\boxed{Paris}", "paris", True)])
+    ("\\boxed{}", "1", False), ("C", "C", True), ("-7.50", "-7.5", True), ("\\boxed{Paris}", "paris", True),
+    ("<reasoning>\nA or B\n</reasoning>\n<answer>\nB\n</answer>", "B", True),
+    ("<answer>BB</answer>", "B", False),
+    ("\\boxed{9007199254740993}", "9007199254740992", False), ("\\boxed{+1,000}", "1000.0", True),
+    ("\\boxed{007}", "7", True), ("\\boxed{nan}", "NaN", True), ("\\boxed{1e999999999}", "7", False)])
 def test_answers(text, answer, right):
     assert common.is_correct(text, answer) is right
 
@@ -468,29 +460,37 @@ def test_real_formats(tmp_path):
 
 
 def test_bad_data_is_refused_in_one_sentence(tmp_path, refused, monkeypatch):
-    # else the hub is asked for 20 seconds
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(common, "hub_reachable", lambda: False)
+
+    def why(name, text, *rest, **more):
+        path = tmp_path / name
+        path.write_bytes(text.encode()) if isinstance(text, str) else path.write_bytes(text)
+        return refused(common.load_tasks, str(path), *(rest or (1,)), **more)
     good = '{"question": "q", "answer": "1"}\n'
-    assert "no file" in refused(common.load_tasks, str(tmp_path / "missing.jsonl"), 1)
-    assert "line 2" in refused(common.load_tasks, write(tmp_path / "a.jsonl", good + '{"question": "tru'), 1)
-    foo = '{"foo": 1, "answer": "2"}\n'
-    assert "'foo'" in refused(common.load_tasks, write(tmp_path / "b.jsonl", foo), 1)
-    assert "row 2" in refused(common.load_tasks, write(tmp_path / "c.jsonl", good + "3\n"), 1)
-    assert "too few" in refused(common.load_tasks, write(tmp_path / "d.jsonl", good), 1)
-    assert "too few" in refused(common.load_tasks, write(tmp_path / "e.jsonl", ""), 1)
-    broken = '[\n{"question": "q"},\n{"question"\n]'
-    assert "line 4" in refused(common.load_tasks, write(tmp_path / "f.json", broken), 1)
-    for n, question in enumerate(([{"role": "user"}], ["hi"], [{"role": "user", "content": None}], {"a": 1},
-                                  [{"role": "assistant", "content": "x"}])):
-        row = json.dumps({"question": question, "answer": "1"})
-        assert "row 1: a question is" in refused(common.load_tasks, write(tmp_path / f"m{n}.jsonl", row), 1)
-    half = write(tmp_path / "half.jsonl", '{"question": "\\ud83d", "answer": "1"}\n' + good)
-    assert all(t.messages[0]["content"].encode() for t in common.load_tasks(half, 1)[0])
-    few = write(tmp_path / "few.jsonl", "".join(good.replace('"q"', f'"q{i}"') for i in range(20)))
-    assert "--prompts_per_step" in refused(common.load_tasks, few, 10, a_step=16)
-    assert "not one of the files" in refused(common.load_tasks, write(tmp_path / "g.txt", "x"), 1)
-    assert "cannot read" in refused(common.load_tasks, "no/such-dataset", 1)
-    assert "cannot load the model" in refused(common.load_model, str(tmp_path / "no-model"), "cpu")
+    assert "line 2" in why("a.jsonl", good + '{"question": "tru')
+    assert "'foo'" in why("b.jsonl", '{"foo": 1, "answer": "2"}\n')
+    assert "row 2" in why("c.jsonl", good + "3\n")
+    assert "too few" in why("d.jsonl", good) and "too few" in why("e.jsonl", "")
+    assert "line 4" in why("f.json", '[\n{"question": "q"},\n{"question"\n]')
+    assert "utf-8" in why("g.jsonl", "{}\n\xe9".encode("latin-1"))
+    assert "a text" in why("m.jsonl", '{"question": ["hi"], "answer": "1"}')
+    few = "".join(good.replace('"q"', f'"q{i}"') for i in range(20))
+    assert "--prompts_per_step" in why("few.jsonl", few, 10, a_step=16)
+    assert "cannot read" in why("x.parquet", "no parquet") and "'bar'" in why("h.csv", "foo,bar\n1,2\n")
+    (tmp_path / "folder.jsonl").mkdir()
+    for source in ("folder.jsonl", "missing.jsonl", "missing.csv", "notes.txt"):
+        assert "cannot read" in refused(common.load_tasks, str(tmp_path / source), 1)
+
+
+def test_without_a_network_one_sentence_at_once(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(common.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    common.hub_reachable.cache_clear()
+    started = time.time()
+    assert "no network" in refused(common.load_model, "no/such-model", "cpu")
+    assert "'chain'" in refused(common.load_tasks, "no/such-dataset", 1)
+    assert "cannot load the model" in refused(common.load_model, str(tmp_path), "cpu")
+    assert time.time() - started < 10
+    common.hub_reachable.cache_clear()
 
 
 @pytest.mark.parametrize("argv, word", [
@@ -504,14 +504,17 @@ def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
 
 
 # --------------------------------------------------------------------------------------- evaluation
-def test_evaluate_averages_over_problems(monkeypatch, tok, model):
-    texts = ["\\boxed{7}", "\\boxed{7}", "\\boxed{1}", "\\boxed{1}", "\\boxed{1}", "\\boxed{7}"]
-    out = some_rollouts(model, tok, group_size=2)
-    out = dataclasses.replace(out, texts=texts, finished=torch.tensor([True] * 6))
-    monkeypatch.setattr(common, "rollout", lambda *a, **k: out)
-    result = common.evaluate(model, tok, [ask("a"), ask("b"), ask("c")], samples=2)
-    assert result["accuracy"] == pytest.approx(.5) and result["pass@2"] == pytest.approx(2 / 3)
-    assert result["maj@2"] == pytest.approx(1 / 3) and result["se"] == pytest.approx(.5 / math.sqrt(3))
+def test_evaluate(monkeypatch, tok, model):
+    out = some_rollouts(model, tok, group_size=1)
+    out = dataclasses.replace(out, texts=["\\boxed{7}", "7", "\\boxed{1}"],
+                              finished=torch.tensor([True, False, True]))
+    temperatures = []
+    monkeypatch.setattr(common, "rollout", lambda *a, **how: temperatures.append(how["temperature"]) or out)
+    result = common.evaluate(model, tok, [ask("a"), ask("b"), ask("c")], max_new_tokens=20)
+    assert temperatures == [1.0, 0.0] and result["length"] == 20
+    assert result["accuracy"] == result["greedy_accuracy"] == pytest.approx(1 / 3)
+    assert result["se"] == pytest.approx(1 / 3)
+    assert result["finished"] == pytest.approx(2 / 3)
 
 
 # ------------------------------------------------------------------------------ models, cache, runs
@@ -523,7 +526,7 @@ def fitted(tok, **how):
     return common.fit_tiny("a test model", model, docs, steps=10, **how)
 
 
-def test_cache_hit_damage_and_fresh(tok, tmp_path, monkeypatch, capsys):
+def test_cache_hit_and_fresh(tok, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = fitted(tok)
     assert all(p.grad is None for p in first.parameters())  # nothing may leak into the training that follows
@@ -532,11 +535,6 @@ def test_cache_hit_damage_and_fresh(tok, tmp_path, monkeypatch, capsys):
     second = fitted(tok)
     assert path.stat().st_mtime_ns == stamp
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
-    path.write_bytes(path.read_bytes()[:1000])
-    third = fitted(tok)
-    assert "damaged" in capsys.readouterr().out
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters()))
-    stamp = path.stat().st_mtime_ns
     fitted(tok, fresh=True)
     assert path.stat().st_mtime_ns > stamp and len(list((tmp_path / "four-papers").iterdir())) == 1
 
@@ -553,32 +551,19 @@ def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
     assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
 
 
-def test_local_chat_backend(tok, model, tmp_path):
-    model.save_pretrained(tmp_path)
-    tok.save_pretrained(tmp_path)
-    chat = common.chat_backend(str(tmp_path), max_new_tokens=2)
-    long = [{"role": "user", "content": "x" * 3000}]  # longer than the model's context: no answer, no crash
-    assert chat([ask("a").messages, long]) == [None, None]  # two tokens are no complete answer
-
-
-def lines_without_times(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
-
-
 SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "20", "--show_every", "0"]
 
 
 def test_resume_equals_never_stopped_and_nothing_is_lost(tmp_path, refused):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    common.main(["--steps", "4", "--save_every", "2", "--eval_every", "2", "--out", str(whole), *SMALL])
-    common.main(["--steps", "2", "--save_every", "2", "--eval_every", "2", "--out", str(parts), *SMALL])
+    often = ["--save_every", "2", "--eval_every", "2", *SMALL]
+    common.main(["--steps", "4", "--out", str(whole), *often])
+    common.main(["--steps", "2", "--out", str(parts), *often])
     with open(parts / "metrics.jsonl", "a") as f:
         f.write('{"step": 3, "solved": 0.1}\n{"step": 4, "sol')  # what a kill leaves behind
-    assert "seed" in refused(common.main, ["--resume", "--seed", "1", "--out", str(parts), *SMALL])
-    common.main(["--steps", "4", "--save_every", "2", "--eval_every", "2", "--resume", "--out", str(parts),
-                 *SMALL])
-    assert lines_without_times(whole) == lines_without_times(parts)
+    assert "--seed" in refused(common.main, ["--resume", "--seed", "1", "--out", str(parts), *often])
+    common.main(["--steps", "4", "--resume", "--out", str(parts), *often])
+    assert timeless(whole) == timeless(parts)
     a, b = (json.loads((f / "summary.json").read_text()) for f in (whole, parts))
     assert a["accuracy_after"] == b["accuracy_after"] and a["accuracy_best"] == b["accuracy_best"]
     for x, y in zip(*(common.load_model(str(f / "model"), "cpu")[0].parameters() for f in (whole, parts))):
@@ -592,25 +577,114 @@ def test_resume_equals_never_stopped_and_nothing_is_lost(tmp_path, refused):
     before = sorted(str(f) for f in parts.rglob("*"))  # a start that fails on its input destroys nothing
     refused(common.main, ["--overwrite", "--out", str(parts), "--data", str(tmp_path / "none.jsonl"), *SMALL])
     assert sorted(str(f) for f in parts.rglob("*")) == before
-    refused(common.main, ["--out", str(tmp_path / "new"), "--data", str(tmp_path / "none.jsonl"), *SMALL])
-    assert not (tmp_path / "new").exists()
+    refused(common.main, ["--out", str(whole / "summary.json" / "x"), *SMALL])
     common.main(["--plot", str(tmp_path / "a.png"), str(whole), str(parts)])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_run_goes_on(tmp_path):
-    command = [sys.executable, str(ROOT / "common.py"), "--save_every", "1", "--out", str(tmp_path / "run"),
-               *SMALL]
-    child = subprocess.Popen([*command, "--steps", "100000"], stdout=subprocess.DEVNULL)
-    while not (tmp_path / "run" / "state.pt").exists():
-        assert child.poll() is None
-        time.sleep(0.05)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    done = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["notes"]["step"]
-    result = subprocess.run([*command, "--steps", str(done + 1), "--resume"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert f"step {done + 1}/" in result.stdout and f"step {done}/" not in result.stdout
+def test_the_last_evaluation_runs_once(tmp_path, monkeypatch):
+    calls, real = [], common.evaluate
+    monkeypatch.setattr(common, "evaluate", lambda *a, **k: calls.append(1) or real(*a, **k))
+    common.main(["--steps", "2", "--eval_every", "1", "--out", str(tmp_path / "run"), *SMALL])
+    assert len(calls) == 3  # before, after step 1, after step 2, which is the last
+
+
+def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
+    """Finished cells are taken, a cell in the middle goes on; the table is that of an uninterrupted run."""
+    variants, trained = {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}}, []
+
+    @dataclasses.dataclass
+    class Config(common.Config):
+        seeds: int = 2
+        compare: bool = True
+
+    def compare(out, steps, stop=None, **flags):
+        def train(cell):
+            if len(trained) == stop:  # dies in the middle of this cell, after its checkpoint
+                common.train(dataclasses.replace(cell, steps=1))
+                (common.Path(cell.out) / "summary.json").unlink()
+                raise KeyboardInterrupt
+            trained.append(common.Path(cell.out).name)
+            return common.train(cell)
+        config = Config(steps=steps, prompts_per_step=2, group_size=4, eval_tasks=20, save_every=1,
+                        out=str(tmp_path / out), **flags)
+        return common.seed_table(common.compared(train, config, variants, "x"), {"accuracy_after": "T = 1"})
+
+    whole = compare("whole", 3)
+    trained.clear()
+    with pytest.raises(KeyboardInterrupt):
+        compare("parts", 3, stop=1)
+    capsys.readouterr()
+    assert compare("parts", 3) == whole
+    assert trained == ["low-s0", "a-high-rate-s0", "low-s1", "a-high-rate-s1"]
+    out = capsys.readouterr().out
+    assert out.count("taken from") == 1 and out.count("step 1/3") == 2 and out.count("step 2/3") == 3
+    for name in trained:
+        assert timeless(tmp_path / "whole" / name) == timeless(tmp_path / "parts" / name)
+    trained.clear()
+    compare("parts", 3, seeds=1, overwrite=True)
+    assert trained == ["low-s0", "a-high-rate-s0"]
+
+
+def test_seed_table():
+    found = {"a": [{"x": 1.0, "y": None}, {"x": 3.0, "y": 2.0}], "b": [{"x": None}]}
+    _, _, a, b = common.seed_table(found, {"x": "X", "y": "Y"}).splitlines()
+    assert a.split()[3:9] == ["2.000", "±", "1.414", "|", "2.000", "|"] and b.split()[3:6] == ["-", "|", "-"]
+
+
+def test_ctrl_c_ends_the_step_and_saves(tmp_path, capsys, monkeypatch):
+    flags, step = ["--save_every", "0", "--steps", "3", *SMALL], common.Run.step
+
+    def interrupted(run, number, *rest, **more):
+        step(run, number, *rest, **more)
+        if number == 2:
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(common.Run, "step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        common.main([*flags, "--out", str(tmp_path / "a")])
+    assert stop.value.code == 130 and "stopped after step 2" in capsys.readouterr().out
+    monkeypatch.undo()
+    common.main([*flags, "--out", str(tmp_path / "a"), "--resume"])
+    common.main([*flags, "--out", str(tmp_path / "b")])
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+
+
+def test_what_may_happen_at_any_time_is_one_sentence(refused):
+    def raising(error):
+        @common.command
+        def main(argv=None):
+            raise error
+        return main
+    assert "--micro_batch" in refused(raising(torch.OutOfMemoryError("CUDA out of memory.\nTried to ...")))
+    assert "No space left" in refused(raising(OSError(28, "No space left\non device", "x")))
+    with pytest.raises(SystemExit) as stop:
+        raising(KeyboardInterrupt())()
+    assert stop.value.code == 130
+
+
+def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, tok, model):
+    """bf16 autocast, bf16 head, gradient checkpointing, rescored log-probs: two steps, still near fp32."""
+    results = []
+    for bf16 in (False, True):
+        monkeypatch.setattr(common, "mixed_precision", lambda device: bf16)
+        student = copy.deepcopy(model)
+        rollouts = some_rollouts(student, tok)
+        common.rescore(student, rollouts, common.Config())
+        logps, _ = common.score(student, rollouts)
+        assert torch.equal(logps, rollouts.logps) or not bf16  # the ratio is exactly 1
+        naive = naive_logps(student, rollouts.ids, rollouts.attention_mask, 1.0)
+        results.append(naive * rollouts.mask - logps)
+        common.main(["--steps", "2", "--out", str(tmp_path / str(bf16)), *SMALL])
+        frozen, _ = common.load_model(str(tmp_path / str(bf16) / "model"), "cpu", trainable=False)
+        assert frozen.dtype is (torch.bfloat16 if bf16 else torch.float32)
+    assert results[0].abs().max() < 1e-5 < results[1].abs().max() < 0.1
+    summary = json.loads((tmp_path / "True" / "summary.json").read_text())
+    assert summary["skipped_steps"] == 0 and summary["versions"]["torch"] == torch.__version__
+    frozen.save_pretrained(tmp_path / "bf16")
+    tok.save_pretrained(tmp_path / "bf16")
+    monkeypatch.undo()
+    assert common.load_model(str(tmp_path / "bf16"), "cpu", trainable=False)[0].dtype is torch.bfloat16
+    assert common.load_model(str(tmp_path / "bf16"), "cpu")[0].dtype is torch.float32
 
 
 def test_grpo_learns(tmp_path):
@@ -618,8 +692,3 @@ def test_grpo_learns(tmp_path):
                                           "--out", str(tmp_path / "run")])
     summary = common.train(config)
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.05
-
-
-def test_long_integers_are_compared_exactly():
-    assert not common.is_correct("\\boxed{9007199254740993}", "9007199254740992")
-    assert common.is_correct("\\boxed{+1,000}", "1000.0") and common.is_correct("\\boxed{007}", "7")

@@ -14,6 +14,7 @@ import torch
 import common
 import srpo
 from common import Rollouts, Task
+from conftest import timeless
 
 F64 = torch.float64
 
@@ -58,11 +59,6 @@ def test_distill_chooses_right_wrong_or_all():
     assert torch.allclose(z_sdpo, torch.full((4,), 0.1)) and counted.all()
 
 
-def test_advantage_baseline_is_the_whole_group():
-    advantages = common.group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, std=False)
-    assert advantages.tolist() == [0.75, -0.25, -0.25, -0.25]
-
-
 # ------------------------------------------------------------------------------- divergence, entropy, weights
 P, Q = torch.tensor([[0.5, 0.25, 0.25]], dtype=F64), torch.tensor([[0.8, 0.1, 0.1]], dtype=F64)
 
@@ -85,10 +81,19 @@ def test_jsd_gradient_on_the_logits():
 
 
 def test_entropy():
-    rows = torch.tensor([[1.0, 1e-300, 1e-300, 1e-300], [0.9, 0.1, 1e-300, 1e-300],
-                         [0.5, 0.5, 1e-300, 1e-300], [0.25] * 4], dtype=F64)
+    rows = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4], dtype=F64)
     expected = torch.tensor([0, 0.325083, 0.693147, 1.386294], dtype=F64)
-    assert torch.allclose(srpo.entropy(rows.log()), expected, atol=1e-6)
+    assert torch.allclose(common.entropy_of(rows.log()), expected, atol=1e-6)
+
+
+def test_a_token_that_is_ruled_out_gives_no_nan():
+    logits = torch.tensor([[0.0, 0.0, -math.inf]], dtype=F64, requires_grad=True)
+    teacher = torch.tensor([[0.8, 0.0, 0.2]], dtype=F64).log()
+    value = srpo.jsd(logits.log_softmax(-1), teacher)
+    value.sum().backward()
+    p, q = torch.tensor([0.5, 0.5, 1e-12], dtype=F64), torch.tensor([0.8, 1e-12, 0.2], dtype=F64)
+    assert value.item() == pytest.approx(srpo.jsd(p[None].log(), q[None].log()).item(), abs=1e-9)
+    assert logits.grad.isfinite().all() and logits.grad[0, 0] < 0 < logits.grad[0, 1]
 
 
 @pytest.mark.parametrize("entropies, beta, weights", [
@@ -97,7 +102,7 @@ def test_entropy():
     ([0, 1, 2], 0, [1, 1, 1]),
     ([0, math.log(2), math.log(4)], 1, [1.714286, 0.857143, 0.428571]),
     ([0, 0.5, 1, 3], 1, [1.976092, 1.198560, 0.726964, 0.098384]),
-    ([0.7, 0.7], 1, [1, 1]),
+    ([0.7, 0.7], 1, [1, 1]), ([1, 1], 1000, [1, 1]), ([0.6, 0.7], 200, [2, 0])  # no underflow
 ])
 def test_entropy_weights(entropies, beta, weights):
     h = torch.tensor(entropies, dtype=F64, requires_grad=True)
@@ -120,8 +125,7 @@ def test_ema_rate_is_the_new_share():
 # ----------------------------------------------------------------------- one small model for all that follows
 @pytest.fixture(scope="module", autouse=True)
 def small_fit():
-    """The real corpus and the real code, only shrunk: two operations a chain, a smaller model,
-    fewer steps."""
+    """The real corpus and the real code, only shrunk."""
     patch = pytest.MonkeyPatch()
     patch.setattr(srpo, "OPERATIONS", (2, 2))
     patch.setattr(srpo, "FIT", {"documents": 8000, "steps": 500, "hidden_size": 64, "layers": 2})
@@ -160,8 +164,7 @@ def gradients(base, batch, **flags):
 
 # ------------------------------------------------------------------------------------------------ alignment
 def test_teacher_equals_student_on_the_same_prompt(base, batch):
-    """JSD 0 at every token; with a longer padded prompt beside it, still below 1e-6.
-    Finds off-by-ones, positions, padding."""
+    """JSD 0 at every token; with a longer padded prompt beside it, below 1e-6. Finds off-by-ones, padding."""
     model, tok = base
     tasks, rollouts, _ = batch
     rows = list(range(6))
@@ -217,17 +220,16 @@ def test_teacher_prompt(base, batch):
     assert srpo.reprompt(with_system, "d")[0] is with_system[0] and with_system[1]["content"] == "q"
 
 
-def test_thinking_is_not_shown():
-    class Tok:
-        decode = staticmethod(lambda ids, skip_special_tokens: "<think>a\nb</think>\n\nC")
-    rollouts = Rollouts(*(torch.ones(1, 1, dtype=torch.long) for _ in range(3)), *[None] * 7)
-    assert srpo.solution_text(Tok, rollouts, 0) == "C"
+def test_over_long_teacher_prompts_are_counted_and_go_to_grpo(base, batch):
+    grad, log = gradients(base, batch, max_prompt_tokens=5)
+    assert log["too_long"] > 0 == log["routed"]
+    assert torch.equal(grad, gradients(base, batch, method="grpo")[0])
+    assert gradients(base, batch)[1]["too_long"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ the sum
 def test_the_combined_loss_on_worked_numbers(base, monkeypatch):
-    """rewards 1 0 0 1, lengths 2 3 1 2, JSD .1 .2 .3 | .4, entropies 0 ln2 ln4 | 0: L = -0.127273;
-    without weights -0.125."""
+    """rewards 1 0 0 1, lengths 2 3 1 2, JSD .1 .2 .3 | .4, entropies 0 ln2 ln4 | 0: L = -0.127273."""
     model, tok = base
     lengths, width = [2, 3, 1, 2], 4
     mask = torch.tensor([[0] + [1] * n + [0] * (width - 1 - n) for n in lengths])
@@ -245,12 +247,10 @@ def test_the_combined_loss_on_worked_numbers(base, monkeypatch):
                   for i in messages}
         return hidden, {i: spread[i] for i in messages}
 
-    def token_losses(student, teacher, hidden, targets, teacher_hidden, routed, temperature):
-        start = hidden.sum() * 0  # a graph to call backward on
-        return torch.zeros(len(targets)) + start, teacher_hidden[:, 0] + start
-
+    # a graph to call backward on
     monkeypatch.setattr(srpo, "teacher_pass", teacher_pass)
-    monkeypatch.setattr(srpo, "token_losses", token_losses)
+    monkeypatch.setattr(srpo, "sampled_logps", lambda student, hidden, ids, T: 0 * hidden.sum(1))
+    monkeypatch.setattr(srpo, "divergences", lambda student, teacher, hidden, theirs, T: theirs[:, 0])
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: total.append(float(loss.detach())))
     reward = torch.tensor([1.0, 0, 0, 1])
     for flags, expected in (({}, -0.127273), ({"beta": 0.0}, -0.125), ({"method": "srpo_no_weight"}, -0.125),
@@ -288,8 +288,7 @@ def test_without_routed_rollouts_srpo_is_grpo(base, batch):
 
 
 def test_each_loss_moves_its_own_quantity(base, batch):
-    """A small step along the gradient: SDPO lowers the divergence on this batch,
-    GRPO raises log p of successes, SRPO does both."""
+    """A small step: SDPO lowers the divergence on this batch, GRPO raises log p of successes, SRPO both."""
     model, tok = base
     tasks, rollouts, reward = batch
     mixed = [i for i in range(32) if reward[i] and not reward.view(8, 4)[i // 4].all()]
@@ -318,12 +317,10 @@ def test_each_loss_moves_its_own_quantity(base, batch):
 # ------------------------------------------------------------------------------------------------ whole runs
 def run(folder, *flags):
     """One run on the small base, in process; returns its summary and its log."""
-    srpo.main(["--out", str(folder), "--prompts_per_step", "4", "--group_size", "4",
-               "--max_new_tokens", "24", "--eval_tasks", "30",
-               "--eval_every", "0", "--gate_tasks", "0", *flags])
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in records if "eval" not in r and "gates" not in r]
-    return json.loads((folder / "summary.json").read_text()), steps
+    srpo.main(["--out", str(folder), "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "24",
+               "--eval_tasks", "30", "--eval_every", "0", "--gate_tasks", "0", *flags])
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return json.loads((folder / "summary.json").read_text()), [r for r in records if "eval" not in r]
 
 
 @pytest.mark.parametrize("flags", [
@@ -336,18 +333,28 @@ def test_every_method_runs(tmp_path, flags):
     summary, steps = run(tmp_path / "r", "--steps", "2", *flags)
     assert len(steps) == 2 and 0 <= summary["accuracy_after"] <= 1 and summary["skipped_steps"] == 0
     for r in steps:
-        assert {"reward", "solved", "finished", "length", "routed", "all_wrong", "all_right",
-                "teacher_seconds"} <= r.keys()
+        assert {"solved", "cut", "length", "routed", "all wrong", "all right", "teacher_seconds"} <= r.keys()
         assert ("jsd" in r) == (r["routed"] > 0) == ("teacher H" in r) and 0 <= r.get("jsd", 0) <= math.log(2)
         assert "grpo" not in flags or r["routed"] == 0
+    modules = torch.load(tmp_path / "r" / "state.pt", weights_only=True)["modules"]
+    assert len(modules) == (2 if "grpo" in flags else 3)  # GRPO has no teacher to keep
 
 
 def test_resume_gives_the_run_that_was_never_stopped(tmp_path):
-    whole, steps = run(tmp_path / "a", "--steps", "4", "--save_every", "2")
+    whole, _ = run(tmp_path / "a", "--steps", "4", "--save_every", "2")
     run(tmp_path / "b", "--steps", "2", "--save_every", "2")
-    again, resumed = run(tmp_path / "b", "--steps", "4", "--save_every", "2", "--resume")
-    timeless = [[{k: v for k, v in r.items() if "seconds" not in k} for r in log] for log in (steps, resumed)]
-    assert timeless[0] == timeless[1] and whole["accuracy_after"] == again["accuracy_after"]
+    again, _ = run(tmp_path / "b", "--steps", "4", "--save_every", "2", "--resume")
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+    assert whole["accuracy_after"] == again["accuracy_after"]
+
+
+def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, base, batch):
+    exact, _ = gradients(base, batch)
+    monkeypatch.setattr(common, "mixed_precision", lambda device: True)
+    close, log = gradients(base, batch)
+    assert log["routed"] > 0 and torch.cosine_similarity(exact, close, dim=0) > 0.99
+    summary, steps = run(tmp_path / "r", "--steps", "2")
+    assert summary["skipped_steps"] == 0 and all(math.isfinite(r["grad"]) for r in steps)
 
 
 def test_without_signal_neither_student_nor_teacher_moves(tmp_path, monkeypatch, base):
@@ -360,8 +367,7 @@ def test_without_signal_neither_student_nor_teacher_moves(tmp_path, monkeypatch,
 
 
 def test_training_solves_the_problems_it_sees_again_and_again(tmp_path):
-    """Four training problems: within 20 steps most of their rollouts are right.
-    What is new to it is another matter."""
+    """Four training problems: within 20 steps most of their rollouts are right."""
     rng = random.Random(4)
     tasks = [srpo.small_chain(rng) for _ in range(8)]
     rows = [{"question": task.messages[0]["content"], "answer": task.answer} for task in tasks]
@@ -382,7 +388,8 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     srpo.main([*small, "--compare", "--steps", "1", "--eval_tasks", "10", "--gate_tasks", "0",
                "--save_every", "0", "--out", str(tmp_path / "c")])
     out = capsys.readouterr().out
-    assert all(out.count(f"\n| {name} ") == 1 for name in srpo.ROWS)
+    names = ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix", "grpo, srpo's rate")
+    assert all(out.count(f"\n| {name} ") == 1 for name in names)
     srpo.main([*small, "--explain"])
     out = capsys.readouterr().out
     assert "sibling" in out and "teacher would say" in out and "<|im_end|>" in out
@@ -392,25 +399,8 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     (["--method", "ppo"], "--method"), (["--ema", "1.5"], "--ema"), (["--ema", "-1"], "--ema"),
     (["--minibatches", "2"], "--minibatches"),
     (["--data", "none.json"], "none.json"), (["--distil", "all"], "--distil"), (["--beta", "nan"], "--beta")])
-def test_bad_input_is_one_sentence(flags, words, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        srpo.main(["--out", str(tmp_path / "r"), *flags])
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and words in error
-    assert error.startswith("error: ") and len(error.splitlines()) == 1
-
-
-def test_choice_letters_in_the_paper_s_format(tmp_path):
-    rows = [{"prompt": f"Question {i}?\nA: 1\nB: 2", "answer": "B",
-             "system": "Answer in <answer> tags.", "kind": "mcq"} for i in range(12)]
-    (tmp_path / "mcq.json").write_text("\n".join(map(json.dumps, rows)))
-    train, _ = common.load_tasks(str(tmp_path / "mcq.json"), 4)
-    right = "<reasoning>\nA or B\n</reasoning>\n<answer>\nB\n</answer>"
-    assert common.is_correct(right, train[0].answer)
-    for wrong in ("<answer>A</answer>", "B or A", "<answer>B", "<answer>BB</answer>",
-                  "<answer>A and B</answer>"):
-        assert not common.is_correct(wrong, train[0].answer), wrong
-    assert [m["role"] for m in srpo.reprompt(train[0].messages, right)] == ["system", "user"]
+def test_bad_input_is_one_sentence(flags, words, refused, tmp_path):
+    assert words in refused(srpo.main, ["--out", str(tmp_path / "r"), *flags])
 
 
 def test_as_a_command():
@@ -424,17 +414,10 @@ def test_real_data_has_room_for_an_answer():
     assert common.parse(srpo.Config, ["--data", "physics/train.json"]).max_new_tokens == 1024
 
 
-def test_weights_do_not_underflow():
-    assert srpo.entropy_weights(torch.tensor([1., 1.]), 110).tolist() == [1, 1]
-    assert srpo.entropy_weights(torch.tensor([.6, .7]), 200).tolist() == pytest.approx([2, 0], abs=1e-6)
-
-
-def test_a_demonstration_holds_neither_thinking_nor_special_tokens():
-    class Spelt:  # a tokenizer in which special tokens can be spelt out in ordinary ones
-        def decode(self, ids, skip_special_tokens):
-            return "".join(map(chr, ids.tolist()))
+def test_a_demonstration_holds_neither_thinking_nor_special_tokens(base):
+    tok = base[1]  # its byte tokens can spell out what a special token says
     for said, shown in (("long thoughts 9</think>It is 5.", "It is 5."), ("<think>x</think> 5", "5"),
                         ("5<|im_end|>", "5< |im_end|>")):
-        ids = torch.tensor([[ord(c) for c in said]])
+        ids = torch.tensor([[i for character in said for i in common.encode(tok, character)]])
         rollouts = type("Rows", (), {"ids": ids, "mask": torch.ones_like(ids)})
-        assert srpo.solution_text(Spelt(), rollouts, 0) == shown
+        assert srpo.solution_text(tok, rollouts, 0) == shown
