@@ -307,10 +307,9 @@ New message by {speaker}:
 {text}
 </message>
 
-List each claim of the new message about {speaker} or people around them: events, possessions, preferences,
-plans. One claim per event. Nothing from the earlier messages, no hypotheses. "attribute" is one of
-{attributes}. "polarity" is 1 if it holds, -1 if no longer or disliked.
-"quote" is copied word for word from the new message. "forget" lists what the message asks to forget.
+List each claim of the new message about {speaker} or people around them, one per event, no hypotheses.
+"attribute" is one of {attributes}. "polarity" is 1 if it holds, -1 if no longer or disliked.
+"quote" is copied word for word from the new message. "forget" lists what it asks to forget.
 Sample reply to "I moved to Rome because Fiat hired me. I quit tea.":
 {{"claims": [{{"subject": "user", "attribute": "residence", "value": "Rome", "polarity": 1, \
 "text": "The user moved to Rome, hired by Fiat.", "quote": "I moved to Rome because Fiat hired me"}}, \
@@ -471,8 +470,9 @@ def recount(schema, store):
     x = len({store.beliefs[i].slot for i in schema.against if holds(store.beliefs[i])})
     # confidence = (s + 1) / (s + x + 2): Laplace's rule of succession
     schema.confidence = round((s + 1) / (s + x + 2), 4)
-    known, sure = s >= 3 and len(store.sessions(live)) >= 2, schema.confidence >= 0.65
-    schema.status = "dormant" if s < 2 else "forming" if not known else "stable" if sure else "contested"
+    schema.status = "stable" if schema.confidence >= 0.65 else "contested"
+    if s < 3 or len(store.sessions(live)) < 2:
+        schema.status = "forming" if s >= 2 else "dormant"
 
 
 def withdraw(store, nodes):
@@ -489,7 +489,7 @@ def plan_schemas(memory, now, fresh):
     for person in memory.people if fresh else ():
         known = [s for s in schemas.values() if s.subject == person and s.status != "withdrawn"]
         facts = [b for b in memory.beliefs.values()
-                 if holds(b) and b.slot[0] == person and b.slot[1] not in ("maybe", "plan")]
+                 if holds(b) and b.slot[0] == person and b.slot[1] not in ("maybe", "plan", *SINGLE)]
         vectors = memory.vectors([b.text for b in facts]) if facts else None        # (facts, d)
         labels = two_stage_dbscan(vectors, memory.limits) if facts else np.array([-1])  # (facts,)
         groups = [[b for b, at in zip(facts, labels) if at == label] for label in range(-1, labels.max() + 1)]
@@ -1119,35 +1119,57 @@ def date_window(text, today):
 
 # Two rows are a pair of opposite poles: name | gloss | phrases that show it.
 LEXICON = """
-plans | plans ahead and prepares in detail | list, checklist, schedule, itinerary, in advance, \
-weeks ahead, timetable, agenda, mapped out, drew up, prepare, step by step
-improvises | improvises and decides on the spot | on a whim, last minute, improvise, without a plan
-saves | saves money and looks for the cheaper way | cheaper, discount, second hand, coupon, on sale, haggle
-spends | spends freely and takes the best there is | splurge, luxury, premium, first class, paid extra
-alone | likes to do things alone | alone, by myself, on my own, solo, solitude, in peace, without company
-together | likes to do things with other people | together, with friend, group, invite, crowd, whole gang
-careful | is careful and avoids risk | careful, double check, safe, insurance, backup, spare, just in case
-daring | is daring and takes risks | risk, dare, without looking, deep end, gamble, bold, thrill, dangerous
-routine | sticks to what is familiar | same as always, the same, usual, routine, familiar, tradition
-novelty | looks for what is new | never tried, first time, experiment, exotic, something different, unusual
-makes | makes things by hand | from scratch, by hand, built, homemade, handmade, sewed, carved, made my own
-buys | buys things ready-made | ready made, bought, store, order online, ordered, delivery, off the shelf
-exact | is exact and measures | exact, measure, precise, to the gram, to the minute, ruler, scale, stopwatch
-rough | goes by feel, roughly | roughly, by feel, eyeball, more or less, guess, approximate, give or take"""
+plans | plans ahead and prepares in detail | checklist, list, schedule, itinerary, spreadsheet, in \
+advance, weeks ahead, timetable, plan ahead, mapped out, draw up, drew up, prepare, outline, agenda, ahead \
+of time, step by step
+improvises | improvises and decides on the spot | on a whim, spontaneous, last minute, spur of the moment, \
+improvise, made it up, without a plan, wing it, winged it, on the fly, see what happen, no idea \
+beforehand, unplanned
+saves | saves money and looks for the cheaper way | cheap, cheaper, discount, second hand, coupon, \
+bargain, on sale, budget, for free, haggle, borrow, save money, thrifty
+spends | spends freely and takes the best there is | splurge, expensive, luxury, premium, top of the \
+range, first class, treat myself, pay extra, paid extra, priciest, regardless of price, deluxe
+alone | likes to do things alone | alone, by myself, on my own, solo, solitude, in peace, quiet corner, \
+nobody around, without company
+together | likes to do things with other people | together, with friend, group, invite, crowd, company of, \
+whole gang, team up, teamed up, everyone, joined by
+careful | is careful and avoids risk | careful, double check, safe, insurance, backup, spare, read the \
+warning, just in case, cautious, helmet, twice before
+daring | is daring and takes risks | risk, dare, without looking, deep end, gamble, threw caution, bold, \
+thrill, adrenaline, dangerous, reckless, edge
+routine | sticks to what is familiar | same as always, usual, the same, routine, habit, as ever, familiar, \
+every time, tradition, old favourite, as before
+novelty | looks for what is new | never tried, new kind, first time, experiment, exotic, something \
+different, novel, curious, unknown, unusual, untested
+makes | makes things by hand | from scratch, by hand, built, homemade, handmade, sewed, carved, diy, made \
+my own, workshop, knitted, glued
+buys | buys things ready-made | ready made, bought, store, order online, ordered, delivery, off the shelf, \
+from the shop, prepackaged, catalogue, hired
+exact | is exact and measures | exact, measure, precise, to the gram, to the minute, ruler, scale, \
+stopwatch, decimal, count every, calibrate
+rough | goes by feel, roughly | roughly, by feel, eyeball, more or less, guess, approximate, give or take, \
+ballpark, by eye, rule of thumb
+paper | prefers paper | paper, notebook, printed, pencil, handwritten, ink, sticky note, index card, \
+fountain pen
+digital | prefers digital tools | app, spreadsheet app, tablet, online tool, cloud, software, phone \
+reminder, digital"""
 ROWS = [line.split(" | ") for line in LEXICON.strip().split("\n")]
 POLES = {name: (ROWS[i ^ 1][0], gloss) for i, (name, gloss, _) in enumerate(ROWS)}  # the opposite, the gloss
-CUES = [(f" {' '.join(map(stem, cue.split()))} ", name) for name, _, told in ROWS for cue in told.split(", ")]
+CUES = [(f" {' '.join(map(stem, cue.split()))} ", name) for name, gloss, cues in ROWS
+        for cue in (gloss, *cues.split(", "))]  # a schema's own text shows its pole
 DOMAINS = {
     "cooking": "cook dinner bake cake stew kitchen meal recipe lunch soup roast pasta",
     "travel": "trip flight journey travel hotel holiday vacation airport ferry",
-    "work": "work report office meeting presentation client deadline project conference",
+    "work": "work report office meeting presentation client deadline project colleague conference",
     "garden": "garden flower bed seed tomato lawn hedge rose compost greenhouse",
     "sport": "run marathon gym race hike swim workout climb",
-    "home": "flat apartment shelf shelves wall furniture bedroom repair bathroom",
-    "music": "guitar concert song piano choir record band gig",
+    "home": "flat apartment kitchenette shelf shelves wall furniture bedroom repair bathroom",
+    "music": "guitar concert song piano choir record band gig melody",
     "study": "exam course class lecture essay thesis study homework seminar",
-    "party": "birthday party wedding picnic reunion", "gifts": "gift present presents wrapping",
-    "pets": "dog puppy cat kitten vet aquarium", "photo": "photo camera portrait lens album"}
+    "party": "birthday party wedding celebration anniversary picnic reunion",
+    "gifts": "gift present gifts presents wrapping",
+    "pets": "dog puppy cat kitten vet leash aquarium",
+    "photo": "photo camera portrait lens album darkroom"}
 NOUNS = {stem(noun): domain for domain, nouns in DOMAINS.items() for noun in nouns.split()}
 
 
@@ -1170,14 +1192,10 @@ def features(text):
 
 
 HASH = HashingVectorizer(analyzer=features, n_features=2 ** 15, alternate_sign=False, dtype=np.float32)
+embed_words = HASH.transform  # texts -> (n, 32768) sparse unit rows; no model, no download
 CONCEPTS = np.zeros(2 ** 15, bool)  # (32768,): the columns of the concepts
 CONCEPTS[HashingVectorizer(analyzer=str.split, n_features=2 ** 15).transform(
     [f"<{name}>" for name in (*POLES, *DOMAINS)]).indices] = True
-
-
-def embed_words(texts):
-    """texts -> (n, 32768) sparse unit rows. No model, no download."""
-    return HASH.transform(texts)
 
 
 # ------------------------------------------------------------------ rules: a controlled English
@@ -1370,7 +1388,7 @@ STORY = """
 2024-02-03|I wrote an itinerary for the flight. I run alone.
 2024-02-17|I prepared the report weeks ahead. I wrote a checklist for the cake.
 2024-03-02|I moved to Berlin because Acme closed in Paris. I went to the gym by myself.
-2024-03-16|I booked the hotel in advance. I got a cheaper guitar. I had a list for work. I have migraines.
+2024-03-16|I booked the hotel in advance. I got a cheaper guitar. I had a checklist for the meeting. I have migraines.
 2024-03-30|I had a list for the stew. I did the race solo. I still live in Berlin.
 2024-04-13|Back in 2021 I lived in Rome. I had a schedule for the journey. Maybe I'll move to Lima.
 2024-04-27|I made a schedule for the project. I gave up coffee. I'm flying to Rome on 2024-06-10.
