@@ -258,7 +258,7 @@ class Store:
 # hit: least score of a search result; own: a schema of the question's domain; near: a chain to reconcile
 Limits = namedtuple("Limits", "cluster tight alike unlike hit own near")
 LIMITS = {"words": Limits(0.55, 0.75, 0.70, 0.60, 0.05, 0.3, 0.3),
-          "mpnet": Limits(0.45, 0.60, 0.45, 0.75, 0.2, 0.25, 0.4)}
+          "mpnet": Limits(0.45, 0.60, 0.45, 0.75, 0.2, 0.25, 0.55)}
 
 
 class Vectors:
@@ -310,9 +310,11 @@ New message by {speaker}:
 List each claim of the new message about {speaker} or people around them, one per event, no hypotheses.
 "attribute" is one of {attributes}. "polarity" is 1 if it holds, -1 if no longer or disliked.
 "quote" is copied word for word from the new message. "forget" lists what it asks to forget.
-Sample reply to "I moved to Rome because Fiat hired me. I quit tea.":
+Sample reply to "I moved to Rome because Fiat hired me. My sister Eva sold her car. I quit tea.":
 {{"claims": [{{"subject": "user", "attribute": "residence", "value": "Rome", "polarity": 1, \
 "text": "The user moved to Rome, hired by Fiat.", "quote": "I moved to Rome because Fiat hired me"}}, \
+{{"subject": "sister Eva", "attribute": "possession", "value": "car", "polarity": -1, \
+"text": "Sister Eva sold her car.", "quote": "My sister Eva sold her car"}}, \
 {{"subject": "user", "attribute": "likes", "value": "tea", "polarity": -1, "text": "The user quit tea.", \
 "quote": "I quit tea"}}], "forget": []}}"""
 RECONCILE = """Known chains, newest version last:

@@ -1,10 +1,10 @@
 """By hand: real language, read by a chat model with a sentence encoder, beside the same story read by rules.
 
-    python tests/real_dcpm.py --backend llm --model DIR_OR_URL --encoder DIR [--personamem CONTEXTS.jsonl QUESTIONS.csv]
+    python tests/real_dcpm.py --backend llm --model DIR_OR_URL --encoder DIR
 
 One person, eight sessions, forty turns: three habits, each in three areas of life and never named, two moves,
 one change of job, one thing asked to be forgotten. One night, then twenty questions. The model answers them
-from the context of either memory; a fact is right if the answer holds the word, a choice if it names the letter.
+from the context of either memory; a fact is right if the answer holds the word, a choice if it names its letter.
 """
 import re
 import sys
@@ -91,8 +91,7 @@ def tell(name, make):
     """Ingest the story, sleep one night; prints what became of it. -> memory"""
     memory, began = make(), time.time()
     turns = [line.split("|") for line in STORY.strip().split("\n")]
-    for day in dict.fromkeys(day for day, _ in turns):  # a session at a time
-        memory.ingest([(text, day, day, "user") for when, text in turns if when == day])
+    memory.ingest([(text, day, day, "user") for day, text in turns])
     day_time, began = time.time() - began, time.time()
     memory.sleep(NOW)
     print(f"\n== {name}: {day_time:.0f} s by day, {time.time() - began:.0f} s by night")
@@ -124,7 +123,8 @@ def answers(model, memory, questions, conditions):
         for _, question, _ in questions:
             context = memory.recall(question, NOW, 400, **switches).text or "(nothing)"
             letter = " Reply with the letter of one option." if "(a)" in question else ""
-            asked.append([{"role": "user", "content": dcpm.ANSWER.format(context=context, question=question + letter)}])
+            prompt = dcpm.ANSWER.format(context=context, question=question + letter)
+            asked.append([{"role": "user", "content": prompt}])
         out[name] = defaultdict(list)
         for (kind, question, gold), reply in zip(questions, model.chat(asked)):
             reply = (reply or "").lower()
@@ -152,7 +152,8 @@ def main():
     for name, memory in (("model", real), ("rules", rules)):
         for condition, kinds in answers(real.backend, memory, questions, conditions).items():
             table[f"{name}, {condition}"] = kinds
-    print(f"\n| right of {len(questions)} | " + " | ".join(dict.fromkeys(k for k, *_ in questions)) + " | all |")
+    kinds = dict.fromkeys(kind for kind, *_ in questions)
+    print("\n| memory | " + " | ".join(kinds) + " | all |\n|" + " --- |" * (len(kinds) + 2))
     for name, kinds in table.items():
         cells = [f"{sum(v)}/{len(v)}" for v in kinds.values()]
         print(f"| {name} | " + " | ".join(cells) + f" | {sum(sum(v) for v in kinds.values())} |")
