@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import InferenceClient, constants
 from huggingface_hub.utils import get_session
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
@@ -50,6 +50,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfA
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of the python tool
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# For long work that prints no lines of its own; silent in a log file.
+progress = functools.partial(tqdm, mininterval=1, leave=False, disable=None)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -112,6 +114,10 @@ class Config:
         if not self.max_new_tokens:
             self.max_new_tokens = self.tiny_tokens if self.data == "chain" else 1024
 
+    @property
+    def rate(self) -> float:
+        return self.lr if self.lr is not None else 3e-4 if self.model == "tiny" else 1e-6
+
 
 def parse(config_class, argv=None):
     """Command line -> config. No abbreviations; an unknown flag or bad value: one sentence, exit code 2."""
@@ -131,10 +137,6 @@ def parse(config_class, argv=None):
     return config
 
 
-# For long work that prints no lines of its own; silent in a log file.
-progress = functools.partial(tqdm, mininterval=1, leave=False, disable=None)
-
-
 def setup(config) -> torch.device:
     """Device and threads. One thread for tiny models: more are slow on a busy machine, one is repeatable."""
     if config.threads or config.model == "tiny":
@@ -144,12 +146,6 @@ def setup(config) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         fail(f"device '{name}' is not usable on this machine; try --device cpu")
-
-
-def mixed_precision(device) -> bool:
-    """Does this device compute in bf16? Whatever depends on the device asks here: autocast, the type of the
-    head and of frozen models, gradient checkpointing, `rescore`. On a CPU everything is fp32."""
-    return torch.device(device).type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -182,7 +178,7 @@ PROTOCOL = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"
 
 def build_tokenizer(atoms: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level tokenizer without merges (any text can be encoded, digits and operators stay single), plus
-    `atoms`: phrases that are one token each. A trained BPE would need hundreds of merges to learn them."""
+    `atoms`: phrases that are one token each."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -233,13 +229,20 @@ def cached(model, key, build: Callable, fresh: bool = False):
 def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
     """Next-token fit of a tiny model on demonstrations; cached. docs: list of (ids, mask), lists of equal
     length; the loss is on the tokens with mask 1, as in SFT."""
+    def epoch():  # documents of similar length share a batch of 32, which halves the padding
+        order = rng.sample(range(len(docs)), len(docs))
+        pools = [sorted(order[i:i + 512], key=lambda j: len(docs[j][0])) for i in range(0, len(order), 512)]
+        return [rows[i:i + 32] for rows in pools for i in range(0, len(rows), 32)]
+
     def build():
-        rng, batches = random.Random(seed), []
+        batches = []
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, (steps - s) / steps))
         model.train()
         for _ in progress(range(steps), desc=f"fitting {name}"):
-            batches = batches or length_buckets(docs, 32, rng)
+            if not batches:
+                batches = epoch()
+                rng.shuffle(batches)
             rows = batches.pop()
             ids, mask = (padded([docs[i][j] for i in rows], 0) for j in (0, 1))     # (B, T) each
             # Right padding needs no attention mask under causal attention: no real token can look at a pad.
@@ -250,17 +253,8 @@ def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0
             optimizer.zero_grad()  # after the step: the last gradient must not leak into later training
             ramp.step()
 
-    digest = hashlib.sha256(json.dumps(docs).encode()).hexdigest()
+    rng, digest = random.Random(seed), hashlib.sha256(json.dumps(docs).encode()).hexdigest()
     return cached(model, ["fit", digest, steps, 32, lr, seed], build, fresh)
-
-
-def length_buckets(docs, batch: int, rng) -> list[list[int]]:
-    """One shuffled epoch of batches; documents of similar length share a batch, which halves the padding."""
-    order, pool = rng.sample(range(len(docs)), len(docs)), 16 * batch
-    pools = [sorted(order[i:i + pool], key=lambda j: len(docs[j][0])) for i in range(0, len(order), pool)]
-    batches = [rows[i:i + batch] for rows in pools for i in range(0, len(rows), batch)]
-    rng.shuffle(batches)
-    return batches
 
 
 @functools.cache
@@ -272,13 +266,20 @@ def hub_reachable() -> bool:
         return False
 
 
-def load_model(name: str, device, trainable: bool = True):
-    """Hugging Face id or folder -> (model, tokenizer).
+def mixed_precision(device) -> bool:
+    """bf16 or fp32? All that depends on the device asks here: autocast, types, checkpointing, `rescore`."""
+    return torch.device(device).type == "cuda"
 
-    A trainable model has fp32 master weights: bf16 ones swallow updates of 1e-6. A frozen one is stored in
-    bf16 on CUDA, and on a CPU in the type that it was saved in, which reads half as much memory a step.
-    """
+
+def autocast(model):
+    device = model.device.type
+    return torch.autocast(device, torch.bfloat16, enabled=mixed_precision(device))
+
+
+def load_model(name: str, device, trainable: bool = True):
+    """Hugging Face id or folder -> (model, tokenizer). Frozen on a CPU, it keeps the type it was saved in."""
     bf16 = mixed_precision(device)
+    # fp32 master weights: bf16 ones would swallow updates of 1e-6
     dtype = torch.float32 if trainable else torch.bfloat16 if bf16 else "auto"
     offline = Path(name).exists() or not hub_reachable()
     try:
@@ -303,18 +304,11 @@ def check_same_tokenizer(tok, teacher_tok) -> None:
              "take two models of one family")
 
 
-def autocast(model):
-    device = model.device.type
-    return torch.autocast(device, torch.bfloat16, enabled=mixed_precision(device))
-
-
 # -------------------------------------------------------------------------------- tasks and answers
 @dataclass
 class Task:
     messages: list[dict]  # chat messages, the last one by the user
     answer: str           # what `is_correct` compares with; no model ever sees it
-
-
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 ASK = ". Put the last value in \\boxed{}."
 CHAIN_ATOMS = ["Start with ", ", work modulo ", ": ", ", ", ASK, "\\boxed{", "10"]
@@ -344,12 +338,8 @@ def chain_values(text: str) -> list[int]:
     return values
 
 
-def load_tasks(source: str, eval_tasks: int, make_chain=chain_task,
-               a_step: int = 1) -> tuple[list[Task], list[Task]]:
-    """'chain', a file or a hub id -> (training, held-out tasks): disjoint, the same for every seed.
-
-    a_step: how many training problems there must be at least.
-    """
+def load_tasks(source: str, eval_tasks: int, make_chain=chain_task, a_step: int = 1):
+    """'chain', a file or a hub id -> (training, held-out tasks): disjoint, the same for every seed."""
     rng = random.Random(20260)
     if source == "chain":
         tasks = [make_chain(rng) for _ in range(20 * eval_tasks + 4000)]
@@ -365,47 +355,37 @@ def load_tasks(source: str, eval_tasks: int, make_chain=chain_task,
 
 def read_rows(source: str) -> list[dict]:
     """JSON lines, one JSON list, csv, parquet or a hub id -> rows."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        return read_json(path)
-    import datasets  # slow to import, so only where it is needed
-    datasets.disable_progress_bars()
+    kind, rows, where = Path(source).suffix[1:], [], ""
     try:
-        if path.suffix in (".csv", ".parquet"):
-            return list(datasets.load_dataset(path.suffix[1:], data_files=source, split="train"))
+        if kind in ("jsonl", "json"):  # not through `datasets`, which would not name a bad line
+            text = Path(source).read_text(encoding="utf-8")
+            if text.lstrip().startswith("["):
+                return json.loads(text)
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f", line {number}"
+                rows += [json.loads(line)] if line.strip() else []
+            return rows
+        import datasets  # slow to import, so only where it is needed
+        datasets.disable_progress_bars()
+        if kind in ("csv", "parquet"):
+            return list(datasets.load_dataset(kind, data_files=source, split="train"))
         if not hub_reachable():
-            raise ConnectionError
+            raise ConnectionError("no such file, and no network")
         configs = datasets.get_dataset_config_names(source)
-        config = "main" if "main" in configs else configs[0]
-        return list(datasets.load_dataset(source, config, split="train"))
+        return list(datasets.load_dataset(source, "main" if "main" in configs else configs[0], split="train"))
     except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
-        fail(f"cannot read the dataset '{source}' ({type(error).__name__}); give 'chain', a jsonl, json, csv "
-             "or parquet file, or, with a network, a hub id")
-
-
-def read_json(path: Path) -> list[dict]:
-    """Not through `datasets`, which would not name a bad line."""
-    rows, number = [], 0
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        for number, line in enumerate(text.split("\n"), 1):
-            rows += [json.loads(line)] if line.strip() else []
-    except (OSError, ValueError) as error:  # no such file, not in UTF-8, not JSON
-        fail(f"cannot read {path}{f', line {number}' * bool(number)} ({error}); check --data")
-    return rows
+        fail(f"cannot read {source}{where} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+             "give 'chain', a jsonl, json, csv or parquet file, or, with a network, a hub id")
 
 
 def row_to_task(row: dict, where: str) -> Task:
     """One dataset row -> Task. Columns: question, problem or prompt; answer or solution; optional system."""
     columns = row if isinstance(row, dict) else {}
-    question, answer = (next((columns[name] for name in names if columns.get(name) not in (None, "")), None)
-                        for names in (("question", "problem", "prompt"), ("answer", "solution")))
+    question = columns.get("question") or columns.get("problem") or columns.get("prompt")
+    answer, system = columns.get("answer", columns.get("solution")), columns.get("system") or ""
     if not isinstance(question, str) or answer is None:
         fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt (a text), "
              "and answer or solution")
-    system = columns.get("system") or ""
     if not any(mark in system + question for mark in ("boxed", "<answer>")):
         question += "\n\nPut the final answer in \\boxed{}."
     messages = [{"role": "system", "content": system}] if system else []
@@ -431,17 +411,16 @@ def final_answer(text: str) -> str | None:
     return None
 
 
-def normalise(answer: str):
-    """Numbers lose commas, $, % and trailing zeros; words lose spaces and case; a single letter is exact."""
-    plain = re.sub(r"[\s,$%]|\\[ ,!%$]", "", answer).rstrip(".")
-    with contextlib.suppress(InvalidOperation):
-        if (number := Decimal(plain)).is_finite():  # not float, which would round a long integer
-            return number
-    return plain if len(plain) == 1 else plain.casefold()
-
-
 def is_correct(text: str, answer: str) -> bool:
-    """Does `text` commit to `answer`? Both sides are normalised alike."""
+    """Does `text` commit to `answer`? Numbers lose commas, $, % and trailing zeros, words lose spaces and
+    case, a single letter is exact."""
+    def normalise(words):
+        plain = re.sub(r"[\s,$%]|\\[ ,!%$]", "", words).rstrip(".")
+        with contextlib.suppress(InvalidOperation):
+            if (number := Decimal(plain)).is_finite():  # not float, which would round a long integer
+                return number
+        return plain if len(plain) == 1 else plain.casefold()
+
     found = final_answer(text)
     return found is not None and normalise(found) == normalise(answer)
 
@@ -462,8 +441,6 @@ class Tool:
             "name": self.name, "description": self.description,
             "parameters": {"type": "object", "properties": {self.parameter: {"type": "string"}},
                            "required": [self.parameter]}}}
-
-
 BAD_EXPRESSION = "error: not a valid expression"
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
@@ -496,8 +473,6 @@ def run_calculator(arguments: dict) -> tuple[str, str]:
 def cut_middle(text: str, limit: int = 256) -> str:
     """Tool text over 256 characters keeps its first and last 128, as in SOD's code."""
     return text if len(text) <= limit else text[:limit // 2] + "...(truncated)..." + text[-limit // 2:]
-
-
 # Runs inside the child before the model's code: limits first; a last line that is an expression is printed.
 PYTHON_CHILD = """
 import ast, resource
@@ -536,8 +511,6 @@ def run_python(arguments: dict, seconds: float = 10.0) -> tuple[str, str]:
         out.seek(0)
         text = cut_middle(out.read().decode("utf-8", "replace").strip()) or "(no output)"
     return "error: timed out" if status == "timeout" else text, status
-
-
 TOOLS = {
     "calculator": Tool("calculator", "Evaluates one arithmetic expression.", "expression", run_calculator),
     "python": Tool("python", "Runs Python code and returns what it prints.", "code", run_python, workers=8),
@@ -559,8 +532,6 @@ def run_tools(tool: Tool, calls: list[dict]) -> list[tuple[str, str]]:
         if call["name"] != tool.name:
             return f"error: there is no tool {call['name'][:40]}", "error"
         return tool.run(call["arguments"])
-    if tool.workers == 1 or len(calls) < 2:
-        return [one(call) for call in calls]
     with ThreadPoolExecutor(tool.workers) as pool:
         return list(pool.map(one, calls))
 
@@ -616,8 +587,8 @@ def tool_message_ids(tok, text: str, thinking: bool = False) -> list[int]:
 
 
 def defused(tok, text: str) -> str:
-    """Text of a model's or a server's making, for use inside a prompt: every special token of this tokenizer
-    is broken up, `<|im_end|>` becomes `< |im_end|>`, so that it can neither end nor begin a turn."""
+    """Text for use inside a prompt: every special token of this tokenizer is broken up, `<|im_end|>` becomes
+    `< |im_end|>`, so that what a model or a server wrote can neither end nor begin a turn."""
     special = {*tok.all_special_tokens, *(t.content for t in tok.added_tokens_decoder.values() if t.special)}
     for token in sorted(special, key=len, reverse=True):
         text = text.replace(token, f"{token[:1]} {token[1:]}")
@@ -658,11 +629,9 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
     """Samples group_size trajectories a task, all in one batch with one KV cache.
 
     In each column every row either *samples* its next token or, while ids are queued for it (a tool's answer
-    with the template around it), *takes the next queued id*. Which of the two it was is the loss mask. A tool
-    turn costs no second prefill, and nothing is decoded and encoded again: the ids are what the model saw.
-
-    A turn ends with the end-of-turn token. If its text holds a tool call, the tool runs and its message is
-    queued; else the row is done. A message that would not fit into max_new_tokens ends the row too.
+    with the template around it), *takes the next queued id*. Which of the two it was is the loss mask.
+    Nothing is decoded and encoded again: the ids are what the model saw. A turn ends with the end-of-turn
+    token; if it holds a tool call, the tool runs and its message is queued, else the row is done.
     """
     assert not model.training, "rollouts need model.eval(): gradient checkpointing would switch the cache off"
     device, end = model.device, end_of_turn(tok)
@@ -711,8 +680,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
 
 def close_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
     """Ends the row's turn; returns the tool call to run, or marks the row as done."""
-    row.text = tok.decode(row.turn[:-1], skip_special_tokens=False)
-    row.turn = []
+    row.text, row.turn = tok.decode(row.turn[:-1], skip_special_tokens=False), []
     row.status.append("none")
     call = parse_tool_call(row.text) if tool else None
     row.finished, row.done = call is None, call is None or len(row.status) >= max_turns
@@ -839,10 +807,7 @@ def over_vocab_chunks(hidden, head, fn, *rows):
 
 def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with_entropy: bool = False):
     """log p(token | all before it) under `mask`, 0 elsewhere: (B, T); with_entropy: also entropies in nats.
-
-    The one place that scores tokens. It must agree with what `rollout` noted while sampling: a test holds it
-    to 1e-5.
-    """
+    The one place that scores tokens; what `rollout` notes while sampling agrees to 1e-5."""
     def fn(logits, target):                                                         # (n, V), (n,)
         logits = logits / temperature
         logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)        # (n,)
@@ -915,14 +880,6 @@ def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_
     return (loss * mask).sum() / (mask.sum() if denominator is None else denominator)
 
 
-def base_lr(config) -> float:
-    return config.lr if config.lr is not None else (3e-4 if config.model == "tiny" else 1e-6)
-
-
-def make_optimizer(model, config):
-    return torch.optim.AdamW(model.parameters(), lr=base_lr(config), weight_decay=0.0)
-
-
 def apply_gradients(model, optimizer, step: int, lr: float) -> float:
     """Clip to norm 1, warm up over 5 steps, update. Returns the norm before clipping; not finite: no step."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
@@ -951,21 +908,15 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
             logps = token_logps(student, rollouts.ids[batch], rollouts.attention_mask[batch], mask,
                                 config.temperature)                                 # (b, t)
             policy_loss(logps, rollouts.logps[batch], advantages[batch], mask, denominator=tokens).backward()
-        norm = apply_gradients(student, optimizer, step, base_lr(config))
+        norm = apply_gradients(student, optimizer, step, config.rate)
     student.eval()
     return norm
 
 
-# --------------------------------------------------------------------------------------- evaluation
 def evaluate(model, tok, tasks, **sampling) -> dict:
     """Accuracy at T = 1 and greedy, each with its standard error over problems; length, share finished.
-
-    sampling: keyword arguments of `rollout`. The seed is fixed: all methods see the same problems and dice.
-    """
-    c = model.config  # rows at once: as many as keep the KV cache below 8 GB
-    cache_bytes = 8 * c.num_hidden_layers * c.num_key_value_heads * getattr(c, "head_dim", 128) * (
-        sampling["max_new_tokens"] + 512)
-    size, result = max(1, min(512, 2**33 // cache_bytes)), {}
+    sampling: keyword arguments of `rollout`. The seed is fixed: all methods see the same dice."""
+    size, result = 512 if model.num_parameters() < 1e7 else 32, {}  # rows at once, for the KV cache's sake
     for prefix, temperature in (("", 1.0), ("greedy_", 0.0)):
         generator = torch.Generator(model.device).manual_seed(1234)
         right, length, finished = [], 0, 0
@@ -974,19 +925,14 @@ def evaluate(model, tok, tasks, **sampling) -> dict:
                           **sampling)
             right += rewards(out, tasks[i:i + size]).tolist()
             length, finished = length + int(out.mask.sum()), finished + int(out.finished.sum())
-        right = torch.tensor(right)                                                 # (tasks,)
-        spread = float(right.std()) if len(tasks) > 1 else 0.0
-        result |= {prefix + "accuracy": float(right.mean()), prefix + "se": spread / math.sqrt(len(tasks))}
+        spread = np.std(right, ddof=1) if len(tasks) > 1 else 0.0
+        result |= {prefix + "accuracy": np.mean(right), prefix + "se": spread / math.sqrt(len(tasks))}
         if temperature:
             result |= {"length": length / len(tasks), "finished": finished / len(tasks)}
-    return result
+    return {key: float(value) for key, value in result.items()}
 
 
 # ------------------------------------------------------------------------------------- runs on disk
-def run_folder(config, script: str) -> Path:
-    return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
-
-
 # Flags that may change between a run and its --resume. All others are part of what the run is.
 FREE_FLAGS = {"steps", "out", "resume", "overwrite", "threads", "save_every", "show_every", "plot", "fresh",
               "compare", "methods", "seeds"}
@@ -997,52 +943,52 @@ def changed_flags(recorded: dict, config) -> list[str]:
     return [f"--{k}" for k, v in recorded.items() if k not in FREE_FLAGS and v != getattr(config, k, v)]
 
 
+def run_folder(config, script: str) -> Path:
+    return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
+
+
 class Run:
     """A run's folder (metrics.jsonl, summary.json, state.pt, model/), its console lines, its checkpoint."""
 
     def __init__(self, config, script: str):
-        self.config, self.began, self.interrupted = config, time.time(), False
-        self.warned, self.latest = set(), (None, {})  # warnings given; the last evaluation, and when
-        self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
-        self.folder = run_folder(config, script)
+        self.config, self.script, self.folder = config, script, run_folder(config, script)
         self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "state.pt"
-        exists = self.folder.exists() and any(self.folder.iterdir())
+        self.began, self.interrupted, self.warned, self.last_eval = time.time(), False, set(), (None, {})
+        self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
         if config.resume:
-            self._load_state()
-        elif exists and not config.overwrite:
-            fail(f"{self.folder} exists; add --overwrite to replace it, --resume to go on, or another --out")
-        elif exists and not self.metrics.exists():
-            fail(f"{self.folder} does not look like a run, so it is not overwritten; give another --out")
-
-    def _load_state(self) -> None:
-        if not self.checkpoint.exists() or not self.metrics.exists():
-            fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
-        self.state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        if changed := changed_flags(self.state["config"], self.config):
-            fail(f"{self.folder} was begun with other flags ({', '.join(changed)}); "
-                 "go on with the same ones, or start again with --overwrite")
-        self.notes = self.state["notes"]
-        self.began -= self.notes["seconds"]  # the time before the stop counts too
-        # What came after the checkpoint is done again; a kill may have left half a line, which has no "}".
-        lines = [x for x in self.metrics.read_text().splitlines() if x.endswith("}") and '"after"' not in x]
-        self.kept = [line for line in lines if json.loads(line).get("step", 0) <= self.notes["step"]]
+            if not (self.checkpoint.exists() and self.metrics.exists()):
+                fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
+            self.state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+            if changed := changed_flags(self.state["config"], config):
+                fail(f"{self.folder} was begun with other flags ({', '.join(changed)}); "
+                     "go on with the same ones, or start again with --overwrite")
+            self.notes = self.state["notes"]
+            self.began -= self.notes["seconds"]  # the time before the stop counts too
+        elif self.folder.exists() and not (config.overwrite and self.metrics.exists()):
+            fail(f"{self.folder} exists; --overwrite replaces it, if it holds a run, --resume goes on with it")
 
     def track(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
-        """Says what a checkpoint must hold, restores it on --resume, and returns the first step to do.
-
-        modules: the student, the optimiser, whatever else has a state_dict; generator and dice: all that is
-        random. Only now, with data and models loaded, is anything written: a start that fails on bad input
-        leaves an earlier run as it was.
-        """
-        self.modules, self.generator, self.dice = modules, generator, dice
-        if self.config.resume:
+        """Names what a checkpoint holds, restores it on --resume, returns the first step to do. modules: the
+        student, the optimiser, whatever else has a state_dict. Only now, with data and models loaded, is
+        anything written: a start that fails on bad input leaves an earlier run as it was."""
+        self.modules, self.generator, self.dice, config = modules, generator, dice, self.config
+        print(f"{self.script}.py  {config.method}  {config.model} model, "
+              f"{modules[0].num_parameters() / 1e6:.2f} M parameters | {modules[0].device}, "
+              f"{torch.get_num_threads()} thread(s) | seed {config.seed} | {config.steps} steps x "
+              f"{config.prompts_per_step} prompts x {config.group_size} rollouts\n"
+              "The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
+        if config.resume:
             for module, state in zip(modules, self.state["modules"], strict=True):
                 module.load_state_dict(state)
             generator.set_state(self.state["generator"])
             for rng, state in zip(dice, self.state["dice"], strict=True):
                 rng.setstate(state)
+            # What came after the checkpoint is done again; a kill may have left half a line, without its "}".
+            lines = self.metrics.read_text().splitlines()
+            lines = [line + "\n" for line in lines if line.endswith("}") and '"after"' not in line
+                     and json.loads(line).get("step", 0) <= self.notes["step"]]
             with replacing(self.metrics) as file:
-                file.write_text("".join(line + "\n" for line in self.kept))
+                file.write_text("".join(lines))
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
@@ -1086,13 +1032,12 @@ class Run:
 
     def evaluated(self, when, result: dict) -> None:
         """when: 'before', 'after' or the number of a step."""
-        accuracy, self.latest = result["accuracy"], (when, result)
-        if when == "before":
-            self.notes |= {"before": result, "best": accuracy}
-        self.notes["best"] = max(self.notes["best"], accuracy)
-        change = f"  ({accuracy - self.notes['before']['accuracy']:+.3f})" if when == "after" else ""
+        accuracy, self.last_eval = result["accuracy"], (when, result)
+        before = self.notes.setdefault("before", result)
+        self.notes["best"] = max(self.notes.get("best", 0.0), accuracy)
         print(f"eval {when}  accuracy {accuracy:.3f} +- {result['se']:.3f} at T = 1, "
-              f"{result['greedy_accuracy']:.3f} greedy, length {result['length']:.0f}{change}", flush=True)
+              f"{result['greedy_accuracy']:.3f} greedy, length {result['length']:.0f}"
+              + f"  ({accuracy - before['accuracy']:+.3f})" * (when == "after"), flush=True)
         self.log({"eval": when, **({"step": when} if isinstance(when, int) else {}), **result})
 
     def warn(self, text: str) -> None:
@@ -1107,50 +1052,43 @@ class Run:
         groups, tokens = reward.view(-1, self.config.group_size), rollouts.mask.sum()   # (groups, group_size)
         flat = int((groups.amax(1) == groups.amin(1)).sum())
         entropy, cut = float(rollouts.entropy.sum() / tokens), float((~rollouts.finished).float().mean())
-        if flat == len(groups) > 0 and self.config.group_size > 1:
-            self.warn("in every group all rewards are equal, so the outcome gives no signal in this step; "
-                      "take easier or harder problems, or a larger --group_size")
-        if cut > 0.5:
-            self.warn("more than half of the rollouts did not finish and score 0; "
-                      "raise --max_new_tokens or --max_turns")
-        if entropy < 0.01:
-            self.warn("the entropy is below 0.01: the model writes the same text again and again; lower --lr")
-        if not math.isfinite(norm):
-            self.notes["skipped_steps"] += 1
-            self.warn("the gradient is not finite; such steps are skipped and counted; lower --lr")
+        skipped = not math.isfinite(norm)
+        self.notes["skipped_steps"] += skipped
+        for condition, text in (
+                (flat == len(groups) > 0 and self.config.group_size > 1, "in every group all rewards are "
+                 "equal: no signal from them; take easier or harder problems, or a larger --group_size"),
+                (cut > 0.5, "more than half of the rollouts did not finish and score 0; "
+                 "raise --max_new_tokens or --max_turns"),
+                (entropy < 0.01, "the entropy is below 0.01: the model repeats itself; lower --lr"),
+                (skipped, "the gradient is not finite; such steps are skipped and counted; lower --lr")):
+            if condition:
+                self.warn(text)
         return {"entropy": entropy, "grad": norm, "length": float(tokens / len(rollouts.mask)), "cut": cut,
                 "flat groups": f"{flat}/{len(groups)}"}
 
     def finish(self, model, tok, measure: Callable[[], dict], **more) -> dict:
         """Last evaluation (unless the last step had one), model/, summary.json; returns the summary."""
-        when, result = self.latest
-        self.evaluated("after", result if when == self.notes["step"] > 0 else measure())
+        when, after = self.last_eval
+        after = after if when == self.notes["step"] > 0 else measure()
+        self.evaluated("after", after)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        config, notes, after, before = self.config, self.notes, self.latest[1], self.notes["before"]
-        notes["seconds"] = time.time() - self.began
+        config, notes, before = self.config, self.notes, self.notes["before"]
         summary = {
             "method": config.method, "seed": config.seed, "accuracy_before": before["accuracy"],
             "accuracy_after": after["accuracy"], "accuracy_best": notes["best"], "se": after["se"],
             "greedy_before": before["greedy_accuracy"], "greedy_after": after["greedy_accuracy"],
             "greedy_se": after["greedy_se"], "length_before": before["length"],
             "length_after": after["length"], "skipped_steps": notes["skipped_steps"],
-            "seconds": notes["seconds"], "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]),
+            "seconds": time.time() - self.began,
+            "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]),
             **more, "config": dataclasses.asdict(config),
             "versions": {module.__name__: module.__version__ for module in (torch, transformers)}}
-        model.save_pretrained(self.folder / "model")
-        tok.save_pretrained(self.folder / "model")
+        for part in (model, tok):
+            part.save_pretrained(self.folder / "model")
         with replacing(self.folder / "summary.json") as file:
             file.write_text(json.dumps(summary, indent=1))
         print(f"wrote {self.folder}/  total {summary['seconds']:.0f} s", flush=True)
         return summary
-
-
-def header(script: str, config, model, device) -> None:
-    threads, size = torch.get_num_threads(), model.num_parameters() / 1e6
-    print(f"{script}  {config.method}  {config.model} model, {size:.2f} M parameters | {device}, "
-          f"{threads} thread{'s' * (threads > 1)} | seed {config.seed} | {config.steps} steps x "
-          f"{config.prompts_per_step} prompts x {config.group_size} rollouts\n"
-          "The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
 
 
 def table(rows: list[list], head: list[str]) -> str:
@@ -1163,26 +1101,23 @@ def table(rows: list[list], head: list[str]) -> str:
 
 def compared(train: Callable, config, variants: dict[str, dict], script: str) -> dict[str, list[dict]]:
     """Trains every variant (name -> the flags in which it differs) on --seeds seeds: name -> summaries.
-
-    A table of hours may be stopped at any time: the next start takes the cells that are finished, and a cell
-    in the middle goes on from its checkpoint. --overwrite starts anew.
-    """
-    found, fresh = {name: [] for name in variants}, config.fresh
+    After a stop, finished cells are taken and a cell in the middle goes on; --overwrite starts anew."""
+    found = {name: [] for name in variants}
     for seed in range(config.seed, config.seed + config.seeds):
         for name, flags in variants.items():
-            root, cell_name = config.out or f"runs/{script}-compare", re.sub("[^a-z0-9_]+", "-", name)
-            folder = Path(root, f"{cell_name}-s{seed}")
-            state, summary = folder / "state.pt", folder / "summary.json"
-            cell = dataclasses.replace(config, **{
-                "seed": seed, "out": str(folder), "show_every": 0, "fresh": fresh, **flags})
+            cell_name = f"{re.sub('[^a-z0-9_]+', '-', name)}-s{seed}"
+            folder = Path(config.out or f"runs/{script}-compare", cell_name)
+            summary = folder / "summary.json"
+            cell = dataclasses.replace(config, **{"seed": seed, "out": str(folder), "show_every": 0, **flags})
             print(f"\n{name}, seed {seed}", flush=True)
             done = json.loads(summary.read_text()) if summary.exists() and not config.overwrite else None
             if done and done["config"]["steps"] == cell.steps and not changed_flags(done["config"], cell):
                 print(f"taken from {folder}, where it was finished earlier; --overwrite trains it again")
             else:
-                cell.resume = state.exists() and not config.overwrite
-                cell.overwrite = config.overwrite or not (state.exists() or summary.exists())
-                done, fresh = train(cell), False  # the tiny models are fitted anew once, not for every cell
+                cell.resume = (folder / "state.pt").exists() and not config.overwrite
+                cell.overwrite = config.overwrite or not summary.exists()
+                done = train(cell)
+                config = dataclasses.replace(config, fresh=False)  # the tiny models are fitted anew only once
             found[name].append(done)
     return found
 
@@ -1200,15 +1135,11 @@ def seed_table(found: dict[str, list[dict]], columns: dict[str, str]) -> str:
 
 def plot_runs(png: str, folders: list) -> None:
     """Accuracy, solved share, entropy and response length of run folders over the step, in one PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     titles = {"accuracy": "held-out accuracy, T = 1", "solved": "solved (training batch)",
               "entropy": "entropy (nats)", "length": "sampled tokens a rollout"}
-    figure, axes = plt.subplots(1, len(titles), figsize=(16, 3.5))
+    figure, axes = plt.subplots(1, len(titles), figsize=(16, 3.5), layout="tight")
     for folder in map(Path, folders):
-        if not (folder / "metrics.jsonl").exists():
-            fail(f"{folder} is not a run's folder (it has no metrics.jsonl); check --plot")
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines if line.endswith("}")]  # while it runs, one may be half
         when = {"before": 0, "after": max(r.get("step", 0) for r in records)}
@@ -1218,9 +1149,7 @@ def plot_runs(png: str, folders: list) -> None:
             axis.plot(*zip(*points), "o-" if key == "accuracy" else "-", label=folder.name)
             axis.set(title=title, xlabel="step")
     axes[0].legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(png, dpi=120)
-    plt.close(figure)
     print(f"wrote {png}")
 
 
@@ -1267,47 +1196,40 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
 def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float, json_object: bool,
              api_key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 4, workers: int = 8,
              sleep: Callable = time.sleep) -> Callable:
-    """`chat_backend` for a server, `workers` requests at once; 408, 429, 5xx and lost connections retried.
-
-    A first request is made here: a wrong address, key, model or flag must show before any work is done.
-    """
-    from huggingface_hub import InferenceClient
+    """`chat_backend` for a server, `workers` requests at once, each at most `timeout` seconds long.
+    A first request is made here: a wrong address, key, model or flag must show before any work is done."""
     # The key is explicit: without one the client would send this machine's Hugging Face token to the URL.
     client = InferenceClient(base_url=url, api_key=os.environ.get(api_key_env) or "EMPTY", timeout=timeout)
     fixed = {"model": model_name or "default"}
-    if json_object:
-        fixed["response_format"] = {"type": "json_object"}
+    fixed |= {"response_format": {"type": "json_object"}} if json_object else {}
     told = []  # the first thing that the server said instead of a reply
 
     def request(messages, sampling):
-        """-> (text or None, what was said instead of a reply, would every other request fail too?)."""
+        """-> text or None, what was said instead of a reply, its HTTP status."""
         for attempt in range(retries + 1):
             try:
                 reply = within(timeout, lambda: client.chat_completion(messages, **fixed, **sampling))
-                choice = reply.choices[0]
-                whole = choice.finish_reason not in ("length", "content_filter")
-                return message_text(choice.message) if whole else None, "", False
+                text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+                whole = isinstance(text, str) and text and reason not in ("length", "content_filter")
+                return text if whole else None, "", 200
             except Exception as error:  # the error classes differ between versions, these attributes do not
                 response = getattr(error, "response", None)
-                code = getattr(response, "status_code", None)
+                code = getattr(response, "status_code", 0)
                 said = getattr(response, "text", "") or getattr(error, "doc", "") or str(error)
                 said = f"{code or type(error).__name__} {said or f'nothing whole in {timeout:g} s'}"
-                said = " ".join(said.split())[:300]
-                # HTML, for example, or a URL that is none: what is not of these kinds is the network's.
-                unreadable = isinstance(error, (ValueError, TypeError, LookupError, AttributeError))
-                if code not in (408, 429) and (code < 500 if code else unreadable):
-                    return None, said, code in (401, 402, 403, 404)
+                if 0 < code < 500 and code not in (408, 429):
+                    break  # refused; all else may be better in a while, a lost connection for example
                 wait = response.headers.get("retry-after", "") if code else ""
                 if attempt < retries:
                     sleep(min(float(wait) if wait.isdigit() else 2.0 ** attempt, 60.0))
-        return None, said, False
+        return None, " ".join(said.split())[:300], code
 
     def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens, first=False):
         sampling = {"max_tokens": max_new_tokens, "temperature": temperature}
         with ThreadPoolExecutor(workers) as pool:
             replies = list(pool.map(lambda messages: request(messages, sampling), conversations))
-        for _, said, hopeless in replies:  # here and not in the threads: everything is said once
-            if hopeless or first and said:
+        for _, said, code in replies:  # here and not in the threads: everything is said once
+            if said and first or code in (401, 402, 403, 404):  # every other request would fail, too
                 fail(f"{url} gives no reply ({said}); check the server, the address, the model name "
                      f"'{model_name}' and ${api_key_env}")
             if said and not told:
@@ -1332,19 +1254,9 @@ def within(seconds: float, call: Callable):
     return future.result(seconds)
 
 
-def message_text(message) -> str | None:
-    """A server's message -> its text. Some send a list of parts; whatever else is no text is no reply."""
-    content = message.content
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part.get("type") == "text")
-    return content if isinstance(content, str) and content else None
-
-
 def read_object(text: str) -> dict:
     """The first JSON object of a reply, whatever thinking, prose or code fence is around it; else ValueError.
-
-    The first one decides: trying later ones would take an inner item of a cut object for the whole.
-    """
+    The first one decides: a later one may be an inner item of an object that is cut."""
     if not text.lstrip().startswith("{"):  # else a value may speak of </think>
         text = text.rsplit("</think>", 1)[-1]
     found = re.search(r'(\[\s*)?(\{\s*")', text)  # \boxed{5} and {1, 2} open no object
@@ -1359,10 +1271,9 @@ def read_object(text: str) -> dict:
 def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Counter | None = None) -> list:
     """check(the reply's JSON object) for each conversation, None where no usable reply came.
 
-    check: one function, or one for each conversation; by ValueError, LookupError or TypeError it says that a
-    reply is unusable. The model is then asked again and told why, for a greedy one would only repeat itself;
-    but not where no complete reply came: a server's errors have been retried already, and a cut reply would
-    be cut again. tally: counts "calls" and the reasons.
+    check: one function, or a list of them; by ValueError, LookupError or TypeError it says that a reply is
+    unusable. The model is then asked again and told why, for a greedy one would only repeat itself; not where
+    no complete reply came: it would be cut again. tally: counts "calls" and the reasons.
     """
     checks = check if isinstance(check, list) else [check] * len(conversations)
     results, talks, todo = [None] * len(checks), list(conversations), list(range(len(checks)))
@@ -1385,11 +1296,8 @@ def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Count
 
 
 def remembered(chat: Callable, path: Path, key) -> Callable:
-    """`chat` with a memory on disk: JSON lines, of which a later one replaces an earlier one.
-
-    key: what else the replies depend on, the model for example. A conversation that stands several times in
-    one call has several replies. None is not stored: perhaps only a server was out.
-    """
+    """`chat` with a memory on disk: JSON lines, of which a later one replaces an earlier one. key: what else
+    the replies depend on. A conversation that stands several times in one call has several replies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     memory, known = open(path, "a+b", buffering=0), {}  # one write a line: runs side by side do not mix
     memory.seek(0)
@@ -1455,9 +1363,8 @@ def train(config: Config) -> dict:
     train_tasks, held_out = load_tasks(config.data, config.eval_tasks, small_chain, config.prompts_per_step)
     run = Run(config, "common")
     student, tok = load_student(config, device)
-    header("common.py", config, student, device)
-    optimizer, rng = make_optimizer(student, config), random.Random(config.seed)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
+    rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
     sampling = dict(max_new_tokens=config.max_new_tokens, thinking=config.thinking)
 
     def measure():

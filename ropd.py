@@ -509,7 +509,7 @@ def sft_update(student, tok, optimizer, tasks, answers, config, step: int) -> fl
     for rows in torch.arange(len(docs)).split(config.micro_batch or len(docs)):
         (-common.token_logps(student, ids[rows], None, mask[rows]).sum() / mask.sum()).backward()
     student.eval()
-    return common.apply_gradients(student, optimizer, step, common.base_lr(config))
+    return common.apply_gradients(student, optimizer, step, config.rate)
 
 
 def train(config: Config) -> dict:
@@ -520,9 +520,8 @@ def train(config: Config) -> dict:
     run = common.Run(config, "ropd")
     teacher, judge = connect(config, device)
     student, tok = load_student(config, device)
-    common.header("ropd.py", config, student, device)
-    optimizer, rng = common.make_optimizer(student, config), random.Random(config.seed)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
+    rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
     sampling = dict(max_new_tokens=config.max_new_tokens, thinking=config.thinking)
 
     def measure():

@@ -259,7 +259,7 @@ def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
     config = Config(prompts_per_step=8, group_size=8)  # fixed: the teacher ignores the student's flags
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     tool = flaky(common.TOOLS["calculator"], timeout_rate, rng)
-    optimizer = common.make_optimizer(model, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=0.0)
     for step in common.progress(range(steps), desc="GRPO for the teacher"):
         tasks = [common.chain_task(rng) for _ in range(config.prompts_per_step)]
         rollouts = common.rollout(model, tok, tasks, config.group_size, tool=tool,
@@ -277,11 +277,9 @@ def train(config: Config) -> dict:
     run = common.Run(config, "sod")
     student, tok = load_student(config, device)
     teacher = load_teacher(config, tok, device)
-    common.header("sod.py", config, student, device)
-
     rng, tool_rng = random.Random(config.seed), random.Random(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
-    optimizer = common.make_optimizer(student, config)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
     tool = flaky(common.TOOLS[config.tool], config.timeout_rate, tool_rng)
     sampling = {k: getattr(config, k) for k in ("max_new_tokens", "max_turns", "thinking")}
 

@@ -72,10 +72,10 @@ class Config(common.Config):
     seeds: int = option(1, "seeds for --compare, from --seed on")
     explain: bool = option(False, "print one wrong rollout token by token, then stop")
 
-
-def learning_rate(config) -> float:
-    rates = LEARNING_RATES["tiny" if config.model == "tiny" else "real"]
-    return config.lr if config.lr is not None else rates.get(config.method, rates["srpo"])
+    @property
+    def rate(self) -> float:
+        rates = LEARNING_RATES["tiny" if self.model == "tiny" else "real"]
+        return self.lr if self.lr is not None else rates.get(self.method, rates["srpo"])
 
 
 # ------------------------------------------------------------------------------------ the equations
@@ -349,11 +349,10 @@ def train(config: Config) -> dict:
                                               config.prompts_per_step)
     run = common.Run(config, "srpo")
     student, tok = load_student(config, device)
-    common.header("srpo.py", config, student, device)
     # Storage of its own, else it would be the student. GRPO has no teacher.
     teacher = None if config.method == "grpo" else copy.deepcopy(student).requires_grad_(False)
-    optimizer, rng = common.make_optimizer(student, config), random.Random(config.seed)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
+    rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
 
     def measure():
         return common.evaluate(student, tok, held_out, **sampling(config))
@@ -372,7 +371,7 @@ def train(config: Config) -> dict:
         reward, norm = common.rewards(rollouts, tasks), 0.0                         # (B,)
         log = backward(student, teacher, tok, tasks, rollouts, reward, config)
         if log.pop("signal"):  # if not, not even Adam's momentum may move the student, and the teacher waits
-            norm = common.apply_gradients(student, optimizer, step, learning_rate(config))
+            norm = common.apply_gradients(student, optimizer, step, config.rate)
             if teacher is not None and math.isfinite(norm):
                 ema_update(teacher, student, config.ema)
         times = {"rollout_seconds": sampled - started, "teacher_seconds": log.pop("teacher_seconds")}
@@ -404,8 +403,7 @@ def trends(metrics) -> dict:
 def compare(config) -> None:
     """Every method from the same start on the same problems; mean and spread over --seeds seeds."""
     variants = {m: {"method": m} for m in ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix")}
-    rate = learning_rate(dataclasses.replace(config, method="srpo"))
-    variants["grpo, srpo's rate"] = {"method": "grpo", "lr": rate}
+    variants["grpo, srpo's rate"] = {"method": "grpo", "lr": dataclasses.replace(config, method="srpo").rate}
     found = common.compared(train, dataclasses.replace(config, gate_tasks=0), variants, "srpo")
     start = found["grpo"][0]
     print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy, length "

@@ -25,6 +25,10 @@ def model(tok):
     return common.tiny_model(tok, seed=0).eval()
 
 
+def adamw(student):
+    return torch.optim.AdamW(student.parameters(), weight_decay=0.0)
+
+
 def ask(text):
     return Task([{"role": "user", "content": text}], "7")
 
@@ -150,7 +154,7 @@ def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypa
 def test_update_without_signal_moves_nothing(tok, model):
     student = copy.deepcopy(model)
     config, rollouts = common.Config(), some_rollouts(student, tok)
-    optimizer = common.make_optimizer(student, config)
+    optimizer = adamw(student)
     ones, zeros = torch.ones(len(rollouts.ids), 1), torch.zeros(len(rollouts.ids), 1)
     common.update(student, optimizer, rollouts, ones, config, 9)  # fills Adam's momentum
     before = [p.clone() for p in student.parameters()]
@@ -160,7 +164,7 @@ def test_update_without_signal_moves_nothing(tok, model):
 
 def test_a_gradient_that_is_not_finite_is_skipped(tok, model):
     student = copy.deepcopy(model)
-    optimizer = common.make_optimizer(student, common.Config())
+    optimizer = adamw(student)
     before = [p.clone() for p in student.parameters()]
     (next(student.parameters()).sum() * math.nan).backward()
     assert math.isnan(common.apply_gradients(student, optimizer, 9, 1e-3))
@@ -176,7 +180,7 @@ def test_minibatches_reuse_the_frozen_log_probs(tok, model, monkeypatch):
         ratios.append(float(((logps - old_logps) * mask).abs().max().detach()))
         return real(logps, old_logps, advantages, mask, **how)
     monkeypatch.setattr(common, "policy_loss", spy)
-    optimizer, ones = common.make_optimizer(student, config), torch.ones(len(rollouts.ids), 1)
+    optimizer, ones = adamw(student), torch.ones(len(rollouts.ids), 1)
     common.update(student, optimizer, rollouts, ones, config, 9)
     assert ratios[0] < 1e-5 < ratios[1]
 
@@ -573,7 +577,7 @@ def test_resume_equals_never_stopped_and_nothing_is_lost(tmp_path, refused):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     mine = ["--overwrite", "--out", str(tmp_path / "mine"), *SMALL]
-    assert "does not look like a run" in refused(common.main, mine)
+    assert "exists" in refused(common.main, mine)
     before = sorted(str(f) for f in parts.rglob("*"))  # a start that fails on its input destroys nothing
     refused(common.main, ["--overwrite", "--out", str(parts), "--data", str(tmp_path / "none.jsonl"), *SMALL])
     assert sorted(str(f) for f in parts.rglob("*")) == before
