@@ -62,7 +62,7 @@ def fail(message: str) -> NoReturn:
 
 
 def command(main: Callable) -> Callable:
-    """Decorates a script's `main`: what may happen at any time ends in one sentence, too."""
+    """Decorates a script's `main`: what may happen at any time ends in one sentence."""
     def guarded(argv=None):
         try:
             return main(argv)
@@ -115,6 +115,10 @@ class Config:
             self.max_new_tokens = self.tiny_tokens if self.data == "chain" else 1024
 
     @property
+    def sampling(self) -> dict:
+        return {name: getattr(self, name) for name in ("max_new_tokens", "max_turns", "thinking")}
+
+    @property
     def rate(self) -> float:
         return self.lr if self.lr is not None else 3e-4 if self.model == "tiny" else 1e-6
 
@@ -132,8 +136,6 @@ def parse(config_class, argv=None):
     for flags in (("resume", "overwrite"), ("compare", "explain", "cascade", "build_teacher_cache", "plot")):
         if len(given := [f"--{flag}" for flag in flags if getattr(config, flag, False)]) > 1:
             fail(f"{' and '.join(given)} contradict each other; give one of them")
-    if config.prompts_per_step % config.minibatches:
-        fail(f"--minibatches {config.minibatches} must divide --prompts_per_step {config.prompts_per_step}")
     return config
 
 
@@ -168,12 +170,10 @@ TEMPLATE = """\
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 # What the template always writes in one piece is one token of the tiny tokenizer: a tool's answer costs 3.
-TEMPLATE_ATOMS = ["<|im_start|>system\n", "# Tools\n", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>user\n",
-                  "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n<tool_response>\n",
-                  "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"]
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# special=False as in Qwen3: special tokens vanish in decoding, and then no tool call could be parsed.
-PROTOCOL = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+PHRASES = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+           "<|im_start|>system\n", "# Tools\n", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>user\n",
+           "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n<tool_response>\n",
+           "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"]
 
 
 def build_tokenizer(atoms: list[str]) -> PreTrainedTokenizerFast:
@@ -183,9 +183,9 @@ def build_tokenizer(atoms: list[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(SPECIAL)
-    phrases = [*PROTOCOL, *TEMPLATE_ATOMS, *atoms]
-    core.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in phrases])
+    core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    # special=False as in Qwen3: special tokens vanish in decoding, and then no tool call could be parsed.
+    core.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in PHRASES + atoms])
     tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tok.chat_template = TEMPLATE
     return tok
@@ -259,7 +259,7 @@ def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0
 
 @functools.cache
 def hub_reachable() -> bool:
-    """One request. Without a network, or behind a dead one, the hub's own client would try for a minute."""
+    """One request. Without a network the hub's own client would try for a minute."""
     try:
         return bool(get_session().head(constants.ENDPOINT, timeout=5))
     except Exception:  # each version of the hub's client has its own; all mean the same here
@@ -309,6 +309,8 @@ def check_same_tokenizer(tok, teacher_tok) -> None:
 class Task:
     messages: list[dict]  # chat messages, the last one by the user
     answer: str           # what `is_correct` compares with; no model ever sees it
+
+
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 ASK = ". Put the last value in \\boxed{}."
 CHAIN_ATOMS = ["Start with ", ", work modulo ", ": ", ", ", ASK, "\\boxed{", "10"]
@@ -428,11 +430,10 @@ def is_correct(text: str, answer: str) -> bool:
 # -------------------------------------------------------------------------------------------- tools
 @dataclass
 class Tool:
-    """One callable tool. `run(arguments)` -> (text for the model, status: 'ok', 'error' or 'timeout')."""
     name: str
     description: str
     parameter: str    # its one argument, a string
-    run: Callable[[dict], tuple[str, str]]
+    run: Callable[[dict], tuple[str, str]]  # arguments -> text for the model, 'ok', 'error' or 'timeout'
     workers: int = 1  # more: the calls of one decoding step run in parallel threads
 
     @property
@@ -441,6 +442,8 @@ class Tool:
             "name": self.name, "description": self.description,
             "parameters": {"type": "object", "properties": {self.parameter: {"type": "string"}},
                            "required": [self.parameter]}}}
+
+
 BAD_EXPRESSION = "error: not a valid expression"
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
@@ -455,9 +458,8 @@ def calculate(node) -> float:
         return OPERATORS[type(node.op)](calculate(node.operand))
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = calculate(node.left), calculate(node.right)
-        if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
-            raise ValueError("9**9**9 would never end")
-        return OPERATORS[type(node.op)](left, right)
+        if not isinstance(node.op, ast.Pow) or abs(right) <= 64 and abs(left) <= 1e6:  # 9**9**9 never ends
+            return OPERATORS[type(node.op)](left, right)
     raise ValueError("not arithmetic")
 
 
@@ -473,6 +475,8 @@ def run_calculator(arguments: dict) -> tuple[str, str]:
 def cut_middle(text: str, limit: int = 256) -> str:
     """Tool text over 256 characters keeps its first and last 128, as in SOD's code."""
     return text if len(text) <= limit else text[:limit // 2] + "...(truncated)..." + text[-limit // 2:]
+
+
 # Runs inside the child before the model's code: limits first; a last line that is an expression is printed.
 PYTHON_CHILD = """
 import ast, resource
@@ -489,14 +493,10 @@ exec(compile(ast.fix_missing_locations(tree), "code.py", "exec"), {"__name__": "
 
 def run_python(arguments: dict, seconds: float = 10.0) -> tuple[str, str]:
     """Runs the model's code in a subprocess (POSIX): isolated mode, own session, temporary folder, empty
-    environment, no stdin, limits on CPU, memory and file size; a time-out kills the whole process group.
-
-    It does NOT stop code from reading files that you can read, opening sockets, or leaving its session. The
-    right wall for a model you do not trust is a container.
-    """
+    environment, no stdin, limits on CPU, memory and file size; a time-out kills the whole process group. It
+    does NOT stop code from reading your files, opening sockets or leaving its session: use a container."""
     code = str(arguments.get("code", ""))
-    if fenced := re.search(r"```(?:python)?\n(.*?)```", code, re.DOTALL):
-        code = fenced.group(1)
+    code = re.sub(r".*?```(?:python)?\n(.*?)```.*", r"\1", code, count=1, flags=re.DOTALL)  # in a fence
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "out"), "w+b") as out:
         Path(folder, "code.py").write_text(code, encoding="utf-8", errors="replace")
         child = subprocess.Popen([sys.executable, "-I", "-c", PYTHON_CHILD], cwd=folder, env={},
@@ -511,6 +511,8 @@ def run_python(arguments: dict, seconds: float = 10.0) -> tuple[str, str]:
         out.seek(0)
         text = cut_middle(out.read().decode("utf-8", "replace").strip()) or "(no output)"
     return "error: timed out" if status == "timeout" else text, status
+
+
 TOOLS = {
     "calculator": Tool("calculator", "Evaluates one arithmetic expression.", "expression", run_calculator),
     "python": Tool("python", "Runs Python code and returns what it prints.", "code", run_python, workers=8),
@@ -529,9 +531,8 @@ def parse_tool_call(text: str) -> dict | None:
 
 def run_tools(tool: Tool, calls: list[dict]) -> list[tuple[str, str]]:
     def one(call):
-        if call["name"] != tool.name:
-            return f"error: there is no tool {call['name'][:40]}", "error"
-        return tool.run(call["arguments"])
+        missing = f"error: there is no tool {call['name'][:40]}", "error"
+        return tool.run(call["arguments"]) if call["name"] == tool.name else missing
     with ThreadPoolExecutor(tool.workers) as pool:
         return list(pool.map(one, calls))
 
@@ -566,8 +567,8 @@ def prompt_ids(tok, messages: list[dict], tool: Tool | None = None, thinking: bo
 
 @functools.lru_cache(maxsize=64)
 def tool_glue(tok, thinking: bool = False) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer's own template puts before and after a tool's text: from behind the
-    assistant's end-of-turn token (sampled, so already there) to where its next turn begins."""
+    """What the tokenizer's own template puts before and after a tool's text: from behind the assistant's
+    end-of-turn token (sampled, so already there) to where its next turn begins."""
     said, heard = "@@SAID@@", "@@HEARD@@"
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said},
             {"role": "tool", "content": heard}]
@@ -752,13 +753,14 @@ def rewards(rollouts: Rollouts, tasks: list[Task]):
 
 def transcript(tok, rollouts: Rollouts, row: int) -> str:
     """One rollout for people: what the model wrote, with the tools' texts in [brackets]."""
-    parts, spans = [], rollouts.steps[row]
-    for (start, end), after in zip(spans, [*spans[1:], None]):
+    parts, heard_from = [], None
+    for start, end in rollouts.steps[row]:
+        if heard_from:
+            heard = tok.decode(rollouts.ids[row, heard_from:start], skip_special_tokens=True)
+            heard = heard.partition("<tool_response>")[2].partition("</tool_response>")[0]
+            parts.append(f"[{heard.strip()}]")
         parts.append(tok.decode(rollouts.ids[row, start:end], skip_special_tokens=True).strip())
-        if after:
-            heard = tok.decode(rollouts.ids[row, end:after[0]], skip_special_tokens=True)
-            inside = re.search(r"<tool_response>\s*(.*?)\s*</tool_response>", heard, re.DOTALL)
-            parts.append(f"[{inside.group(1) if inside else heard.strip()}]")
+        heard_from = end
     return " ".join(parts).replace("\n", " ")
 
 
@@ -767,11 +769,9 @@ CHUNK_LOGITS = 2**26  # 256 MB in fp32
 
 
 def hidden_at(model, ids, attention_mask, mask):
-    """Last hidden states from which the tokens under `mask` are predicted: (N, H), row by row.
-
-    ids, mask (B, T); attention_mask (B, T), or None if the padding is all on the right. The token in column p
-    is predicted from column p - 1: this shift is here and nowhere else.
-    """
+    """Last hidden states from which the tokens under `mask` are predicted: (N, H), row by row. ids, mask
+    (B, T); attention_mask (B, T), or None if the padding is all on the right. The token in column p is
+    predicted from column p - 1: this shift is here and nowhere else."""
     with autocast(model):
         hidden = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False,
                                   position_ids=None if attention_mask is None else positions(attention_mask)
@@ -789,10 +789,8 @@ def lm_head(head) -> Callable:
 
 def over_vocab_chunks(hidden, head, fn, *rows):
     """fn(logits (n, V), *rows (n, ...)) -> tensor (n,) or tuple of them, over chunks of tokens, concatenated.
-
-    (tokens x vocabulary) logits never exist at once: a chunk holds CHUNK_LOGITS of them, and under gradients
-    it is computed again in the backward pass. hidden (N, H); head: language-model head; rows: N entries each.
-    """
+    hidden (N, H); rows: N entries each. All logits never exist at once: a chunk holds CHUNK_LOGITS of them,
+    and under gradients it is computed again in the backward pass."""
     logits = lm_head(head)
 
     def one(h, *r):                                                                 # (n, H), (n, ...)
@@ -843,18 +841,16 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, micro_batch: int 
 
 
 def rescore(model, rollouts: Rollouts, config) -> None:
-    """In bf16, replaces the sampler's log-probs by the scorer's: their kernels differ by about 1e-2, and the
-    ratio of an unchanged policy must be 1. In fp32 the two agree, so nothing is done."""
+    """In bf16, the scorer's log-probs instead of the sampler's: their kernels differ by about 1e-2, and the
+    ratio of an unchanged policy must be 1."""
     if mixed_precision(rollouts.ids.device):
         rollouts.logps, rollouts.entropy = score(model, rollouts, config.temperature, config.micro_batch)
 
 
 # --------------------------------------------------------------------------------------------- GRPO
 def group_advantages(rewards, group_size: int, std: bool = True):
-    """GRPO advantages, (B,) -> (B,). std=False leaves out the division (Dr. GRPO, arXiv 2503.20783).
-
-    A group of one, or one without variance, gives exactly 0: float noise must not be blown up.
-    """
+    """GRPO advantages, (B,) -> (B,). std=False leaves out the division (Dr. GRPO, arXiv 2503.20783). A group
+    of one, or one without variance, gives exactly 0: float noise must not be blown up."""
     grouped = rewards.double().view(-1, group_size)                                 # (groups, group_size)
     # DeepSeekMath (arXiv 2402.03300), section 4.1.2: A_i = (r_i - mean(r)) / std(r); std is unbiased, + 1e-6
     advantages = grouped - grouped.mean(1, keepdim=True)
@@ -867,10 +863,8 @@ def group_advantages(rewards, group_size: int, std: bool = True):
 def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_high: float = 0.28,
                 dual_clip: float = 3.0, denominator=None):
     """Clipped policy-gradient loss: sum of the token losses under `mask` / denominator (default: its tokens).
-
-    logps, old_logps, mask (B, T); advantages (B, T) or (B, 1). When you split an optimiser batch, pass the
-    token count of the whole batch as denominator: micro-batches then give the same gradient as one batch.
-    """
+    logps, old_logps, mask (B, T); advantages (B, T) or (B, 1). Micro-batches give the gradient of the whole
+    batch if the denominator is the token count of the whole batch."""
     # rho_t = pi(y_t) / pi_old(y_t)
     ratio = (logps - old_logps).clamp(-20, 20).exp()                                # (B, T)
     # L_t = max(-A rho, -A clip(rho, 1 - low, 1 + high)), and where A < 0 at most -dual_clip A
@@ -892,11 +886,8 @@ def apply_gradients(model, optimizer, step: int, lr: float) -> float:
 
 
 def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int) -> float:
-    """One pass over a batch of rollouts: --minibatches optimiser updates, each exact for any --micro_batch.
-
-    advantages (B, T) or (B, 1). Returns the last gradient norm. With one update a batch the ratio is 1 and
-    the clip inert; with more, the later minibatches are a little off-policy and the clip starts to act.
-    """
+    """--minibatches optimiser updates on a batch of rollouts -> the last gradient norm. advantages (B, T) or
+    (B, 1). With one update a batch the ratio is 1 and the clip inert; with more, it starts to act."""
     norm, advantages = 0.0, advantages.expand(rollouts.ids.shape)                   # (B, T)
     student.train()  # switches gradient checkpointing on; the models have no dropout
     for rows in torch.arange(len(rollouts.ids)).chunk(config.minibatches):
@@ -965,7 +956,7 @@ class Run:
             self.notes = self.state["notes"]
             self.began -= self.notes["seconds"]  # the time before the stop counts too
         elif self.folder.exists() and not (config.overwrite and self.metrics.exists()):
-            fail(f"{self.folder} exists; --overwrite replaces it, if it holds a run, --resume goes on with it")
+            fail(f"{self.folder} exists; if it is a run, --overwrite replaces it and --resume goes on")
 
     def track(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
         """Names what a checkpoint holds, restores it on --resume, returns the first step to do. modules: the
@@ -993,13 +984,12 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             self.metrics.touch()
-        signal.signal(signal.SIGINT, self.interrupt)
-        return self.notes["step"]
 
-    def interrupt(self, *_) -> None:
-        """Ctrl-C: the step is finished and saved first; a second Ctrl-C stops at once."""
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        def interrupt(*_):  # Ctrl-C: the step is finished and saved first; a second Ctrl-C stops at once
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
+        return self.notes["step"]
 
     def end_step(self, step: int, measure: Callable[[], dict]) -> None:
         """Evaluation and checkpoint, where they are due. A checkpoint replaces the one before."""
@@ -1019,8 +1009,8 @@ class Run:
             raise SystemExit(130)
 
     def log(self, record: dict) -> None:
-        with open(self.metrics, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def step(self, step: int, started: float, shown: dict, **more) -> None:
         """One line on the console (`shown`), one object in metrics.jsonl (`shown` and `more`)."""
@@ -1040,8 +1030,7 @@ class Run:
               + f"  ({accuracy - before['accuracy']:+.3f})" * (when == "after"), flush=True)
         self.log({"eval": when, **({"step": when} if isinstance(when, int) else {}), **result})
 
-    def warn(self, text: str) -> None:
-        """Each warning once."""
+    def warn(self, text: str) -> None:  # each warning once
         if text not in self.warned:
             print(f"warning: {text}", flush=True)
         self.warned.add(text)
@@ -1068,17 +1057,15 @@ class Run:
 
     def finish(self, model, tok, measure: Callable[[], dict], **more) -> dict:
         """Last evaluation (unless the last step had one), model/, summary.json; returns the summary."""
-        when, after = self.last_eval
-        after = after if when == self.notes["step"] > 0 else measure()
+        config, notes, (when, after) = self.config, self.notes, self.last_eval
+        after = after if when == notes["step"] > 0 else measure()
         self.evaluated("after", after)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        config, notes, before = self.config, self.notes, self.notes["before"]
-        summary = {
-            "method": config.method, "seed": config.seed, "accuracy_before": before["accuracy"],
-            "accuracy_after": after["accuracy"], "accuracy_best": notes["best"], "se": after["se"],
-            "greedy_before": before["greedy_accuracy"], "greedy_after": after["greedy_accuracy"],
-            "greedy_se": after["greedy_se"], "length_before": before["length"],
-            "length_after": after["length"], "skipped_steps": notes["skipped_steps"],
+        summary = {"method": config.method, "seed": config.seed, "accuracy_best": notes["best"]}
+        for name, key in (("accuracy", "accuracy"), ("greedy", "greedy_accuracy"), ("length", "length")):
+            summary |= {name + "_before": notes["before"][key], name + "_after": after[key]}
+        summary |= {
+            "se": after["se"], "greedy_se": after["greedy_se"], "skipped_steps": notes["skipped_steps"],
             "seconds": time.time() - self.began,
             "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]),
             **more, "config": dataclasses.asdict(config),
@@ -1165,11 +1152,8 @@ def train_and_plot(config, train: Callable, script: str) -> None:
 def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, temperature: float = 0.0, *,
                  json_object: bool = False, batch: int = 8, device: str = "auto", **network) -> Callable:
     """A function: list of conversations (lists of messages) -> list of texts, None where no full answer came.
-
-    name: the URL of an OpenAI-compatible server (`model_name` is its name of the model, `network` the keyword
-    arguments of `endpoint`), or a Hugging Face id or folder, run here in batches. The function takes
-    temperature and max_new_tokens of its own, so that one loaded model can play several roles.
-    """
+    name: the URL of an OpenAI-compatible server (`model_name` is its name of the model), or a Hugging Face id
+    or folder. The function takes its own temperature and max_new_tokens: one model can play several roles."""
     if name.startswith(("http://", "https://")):
         return endpoint(name, model_name, max_new_tokens, temperature, json_object, **network)
     if device == "auto":
@@ -1269,12 +1253,9 @@ def read_object(text: str) -> dict:
 
 
 def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Counter | None = None) -> list:
-    """check(the reply's JSON object) for each conversation, None where no usable reply came.
-
-    check: one function, or a list of them; by ValueError, LookupError or TypeError it says that a reply is
-    unusable. The model is then asked again and told why, for a greedy one would only repeat itself; not where
-    no complete reply came: it would be cut again. tally: counts "calls" and the reasons.
-    """
+    """check(the reply's JSON object) for each conversation, None where no usable reply came. check: one or a
+    list of functions; by ValueError, LookupError or TypeError they call a reply unusable. The model is then
+    asked again and told why, but not where no complete reply came. tally: counts "calls" and the reasons."""
     checks = check if isinstance(check, list) else [check] * len(conversations)
     results, talks, todo = [None] * len(checks), list(conversations), list(range(len(checks)))
     tally = Counter() if tally is None else tally
@@ -1301,12 +1282,11 @@ def remembered(chat: Callable, path: Path, key) -> Callable:
     path.parent.mkdir(parents=True, exist_ok=True)
     memory, known = open(path, "a+b", buffering=0), {}  # one write a line: runs side by side do not mix
     memory.seek(0)
-    for number, line in enumerate(memory.read().splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            known[entry["address"]] = entry["reply"]
-        except (ValueError, LookupError, TypeError):
-            fail(f"{path}, line {number}: not a line of such a memory; repair or remove it")
+    try:
+        for number, line in enumerate(memory.read().splitlines(), 1):
+            known |= {(entry := json.loads(line))["address"]: entry["reply"]}
+    except (ValueError, LookupError, TypeError):
+        fail(f"{path}, line {number}: not a line of such a memory; repair or remove it")
 
     def chat_or_remember(conversations, **sampling):
         addresses, times = [], Counter()
@@ -1365,10 +1345,9 @@ def train(config: Config) -> dict:
     student, tok = load_student(config, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
     rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
-    sampling = dict(max_new_tokens=config.max_new_tokens, thinking=config.thinking)
 
     def measure():
-        return evaluate(student, tok, held_out, **sampling)
+        return evaluate(student, tok, held_out, **config.sampling)
 
     first = run.track([student, optimizer], generator, rng)
     if not config.resume:
@@ -1377,7 +1356,7 @@ def train(config: Config) -> dict:
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
         rollouts = rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
-                           generator=generator, **sampling)
+                           generator=generator, **config.sampling)
         rescore(student, rollouts, config)
         reward = rewards(rollouts, tasks)                                           # (B,)
         advantages = group_advantages(reward, config.group_size)                    # (B,)

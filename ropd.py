@@ -522,10 +522,9 @@ def train(config: Config) -> dict:
     student, tok = load_student(config, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
     rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
-    sampling = dict(max_new_tokens=config.max_new_tokens, thinking=config.thinking)
 
     def measure():
-        return common.evaluate(student, tok, held_out, **sampling)
+        return common.evaluate(student, tok, held_out, **config.sampling)
 
     first = run.track([student, optimizer], generator, rng)
     if not config.resume:
@@ -543,7 +542,7 @@ def train(config: Config) -> dict:
             run.end_step(step + 1, measure)
             continue
         rollouts = common.rollout(student, tok, tasks, n, temperature=config.temperature,
-                                  generator=generator, **sampling)
+                                  generator=generator, **config.sampling)
         common.rescore(student, rollouts, config)
         correct = common.rewards(rollouts, tasks).cpu()  # (B,) for the log; only --method grpo learns from it
         reward, kept = correct.double(), torch.ones(len(correct), dtype=torch.bool)             # (B,) each

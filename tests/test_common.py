@@ -431,59 +431,44 @@ def test_answers(text, answer, right):
 
 
 def test_chain_problems():
-    text = common.chain_task(random.Random(0)).messages[-1]["content"]
     assert common.chain_values("Start with 3, work modulo 10: A-9, B*7, C-7. Put") == [3, 4, 8, 1]
     train, held_out = common.load_tasks("chain", 50)
     texts = [{t.messages[0]["content"] for t in tasks} for tasks in (train, held_out)]
-    assert text and not texts[0] & texts[1] and len(held_out) == 50
+    assert not texts[0] & texts[1] and len(held_out) == 50
     assert all(common.is_correct(f"\\boxed{{{t.answer}}}", t.answer) for t in held_out)
 
 
-def write(path, text):
-    path.write_text(text)
-    return str(path)
-
-
 def test_real_formats(tmp_path):
+    def write(path, text):
+        path.write_text(text)
+        return str(path)
     rows = [{"question": f"q{i}", "answer": f"text\n#### {i}"} for i in range(3)]
     train, held = common.load_tasks(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n"), 1)
     assert {t.answer for t in train + held} == {"0", "1", "2"} and "\\boxed" in held[0].messages[0]["content"]
-    train, held = common.load_tasks(write(tmp_path / "a.json", json.dumps(rows)), 1)
-    assert len(train) == 2
-    choice = {"prompt": "Which?", "answer": "B", "system": "Answer in <answer>", "kind": "mcq", "tests": "-",
-              "embedding": []}
-    two = json.dumps(choice) + "\n" + json.dumps({**choice, "prompt": "?"})
+    choice = {"prompt": "Which?", "answer": 0, "system": "Answer in <answer>", "kind": "mcq", "tests": "-"}
+    two = json.dumps([choice, {**choice, "prompt": "?"}])
     train, held = common.load_tasks(write(tmp_path / "b.json", two), 1)
-    assert [m["role"] for m in train[0].messages] == ["system", "user"]
+    assert [m["role"] for m in train[0].messages] == ["system", "user"] and train[0].answer == "0"
     assert train[0].messages[1]["content"] in ("?", "Which?")
     train, _ = common.load_tasks(write(tmp_path / "c.csv", "problem,solution\n1+1,2\n2+2,4\n"), 1)
     assert train[0].answer in ("2", "4")
-    two = '{"question": "q1", "answer": 0}\n{"question": "q2", "answer": "$1,000"}\n'
-    train, _ = common.load_tasks(write(tmp_path / "d.jsonl", two), 1)
-    assert {t.messages[0]["content"][:2] for t in train} <= {"q1", "q2"}
 
 
-def test_bad_data_is_refused_in_one_sentence(tmp_path, refused, monkeypatch):
+GOOD = '{"question": "q", "answer": "1"}\n'
+
+
+@pytest.mark.parametrize("name, text, word", [
+    ("a.jsonl", GOOD + '{"question": "tru', "line 2"), ("a.jsonl", '{"foo": 1, "answer": "2"}\n', "'foo'"),
+    ("a.jsonl", GOOD + "3\n", "row 2"), ("a.jsonl", GOOD, "too few"), ("a.jsonl", "", "too few"),
+    ("a.json", '[\n{"question": "q"},\n{"question"\n]', "line 4"), ("a.jsonl", "\xe9", "utf-8"),
+    ("a.jsonl", '{"question": ["hi"], "answer": "1"}', "a text"), ("x.parquet", "none", "cannot read"),
+    ("a.csv", "foo,bar\n1,2\n", "'bar'"), ("", "", "cannot read"), ("notes.txt", "hi", "no network")])
+def test_bad_data_is_refused_in_one_sentence(name, text, word, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(common, "hub_reachable", lambda: False)
-
-    def why(name, text, *rest, **more):
-        path = tmp_path / name
-        path.write_bytes(text.encode()) if isinstance(text, str) else path.write_bytes(text)
-        return refused(common.load_tasks, str(path), *(rest or (1,)), **more)
-    good = '{"question": "q", "answer": "1"}\n'
-    assert "line 2" in why("a.jsonl", good + '{"question": "tru')
-    assert "'foo'" in why("b.jsonl", '{"foo": 1, "answer": "2"}\n')
-    assert "row 2" in why("c.jsonl", good + "3\n")
-    assert "too few" in why("d.jsonl", good) and "too few" in why("e.jsonl", "")
-    assert "line 4" in why("f.json", '[\n{"question": "q"},\n{"question"\n]')
-    assert "utf-8" in why("g.jsonl", "{}\n\xe9".encode("latin-1"))
-    assert "a text" in why("m.jsonl", '{"question": ["hi"], "answer": "1"}')
-    few = "".join(good.replace('"q"', f'"q{i}"') for i in range(20))
-    assert "--prompts_per_step" in why("few.jsonl", few, 10, a_step=16)
-    assert "cannot read" in why("x.parquet", "no parquet") and "'bar'" in why("h.csv", "foo,bar\n1,2\n")
-    (tmp_path / "folder.jsonl").mkdir()
-    for source in ("folder.jsonl", "missing.jsonl", "missing.csv", "notes.txt"):
-        assert "cannot read" in refused(common.load_tasks, str(tmp_path / source), 1)
+    path = tmp_path / (name or "missing.jsonl")
+    if name:
+        path.write_bytes(text.encode("latin-1"))
+    assert word in refused(common.load_tasks, str(path), 1)
 
 
 def test_without_a_network_one_sentence_at_once(tmp_path, refused, monkeypatch):
@@ -501,7 +486,7 @@ def test_without_a_network_one_sentence_at_once(tmp_path, refused, monkeypatch):
     (["--nonsense", "1"], "--nonsense"), (["--step", "3"], "--step"), (["--steps", "many"], "many"),
     (["--steps", "-1"], "-1"), (["--group_size", "0"], "group_size"), (["--temperature", "0"], "temperature"),
     (["--method", "ppo"], "ppo"), (["--resume", "--overwrite"], "--resume"),
-    (["--minibatches", "3"], "minibatches"), (["--lr", "nan"], "lr"),
+    (["--lr", "nan"], "lr"),
     (["--device", "abacus"], "abacus")])
 def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
     assert word in refused(lambda: common.setup(common.parse(common.Config, argv)))
@@ -524,10 +509,8 @@ def test_evaluate(monkeypatch, tok, model):
 # ------------------------------------------------------------------------------ models, cache, runs
 def fitted(tok, **how):
     rng = random.Random(5)
-    tasks = [common.small_chain(rng) for _ in range(64)]
-    docs = [common.demonstration(tok, t, common.worked_solution(rng, t)) for t in tasks]
-    model = common.tiny_model(tok, seed=3, hidden_size=32)
-    return common.fit_tiny("a test model", model, docs, steps=10, **how)
+    docs = [common.demonstration(tok, common.small_chain(rng), "\\boxed{1}") for _ in range(64)]
+    return common.fit_tiny("a test model", common.tiny_model(tok, 3, 32), docs, steps=10, **how)
 
 
 def test_cache_hit_and_fresh(tok, tmp_path, monkeypatch):
@@ -536,11 +519,10 @@ def test_cache_hit_and_fresh(tok, tmp_path, monkeypatch):
     assert all(p.grad is None for p in first.parameters())  # nothing may leak into the training that follows
     path, = (tmp_path / "four-papers").iterdir()
     stamp = path.stat().st_mtime_ns
-    second = fitted(tok)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), fitted(tok).parameters()))
     assert path.stat().st_mtime_ns == stamp
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     fitted(tok, fresh=True)
-    assert path.stat().st_mtime_ns > stamp and len(list((tmp_path / "four-papers").iterdir())) == 1
+    assert path.stat().st_mtime_ns > stamp
 
 
 def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
@@ -572,25 +554,15 @@ def test_resume_equals_never_stopped_and_nothing_is_lost(tmp_path, refused):
     assert a["accuracy_after"] == b["accuracy_after"] and a["accuracy_best"] == b["accuracy_best"]
     for x, y in zip(*(common.load_model(str(f / "model"), "cpu")[0].parameters() for f in (whole, parts))):
         assert torch.equal(x, y)
-    assert "exists" in refused(common.main, ["--out", str(parts), *SMALL])
-    assert "no checkpoint" in refused(common.main, ["--resume", "--out", str(tmp_path / "none"), *SMALL])
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    mine = ["--overwrite", "--out", str(tmp_path / "mine"), *SMALL]
-    assert "exists" in refused(common.main, mine)
-    before = sorted(str(f) for f in parts.rglob("*"))  # a start that fails on its input destroys nothing
-    refused(common.main, ["--overwrite", "--out", str(parts), "--data", str(tmp_path / "none.jsonl"), *SMALL])
-    assert sorted(str(f) for f in parts.rglob("*")) == before
-    refused(common.main, ["--out", str(whole / "summary.json" / "x"), *SMALL])
+    before = sorted(str(f) for f in tmp_path.rglob("*"))
+    for flags, word in ((["--out", str(parts)], "exists"), (["--resume", "--out", "none"], "no checkpoint"),
+                        (["--overwrite", "--out", str(tmp_path)], "exists"),  # it is no run
+                        (["--overwrite", "--out", str(parts), "--data", "none.jsonl"], "cannot read"),
+                        (["--out", str(whole / "summary.json" / "x")], "Not a directory")):
+        assert word in refused(common.main, [*flags, *SMALL])  # and nothing is destroyed
+    assert sorted(str(f) for f in tmp_path.rglob("*")) == before
     common.main(["--plot", str(tmp_path / "a.png"), str(whole), str(parts)])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_last_evaluation_runs_once(tmp_path, monkeypatch):
-    calls, real = [], common.evaluate
-    monkeypatch.setattr(common, "evaluate", lambda *a, **k: calls.append(1) or real(*a, **k))
-    common.main(["--steps", "2", "--eval_every", "1", "--out", str(tmp_path / "run"), *SMALL])
-    assert len(calls) == 3  # before, after step 1, after step 2, which is the last
 
 
 def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
@@ -637,7 +609,9 @@ def test_seed_table():
 
 
 def test_ctrl_c_ends_the_step_and_saves(tmp_path, capsys, monkeypatch):
-    flags, step = ["--save_every", "0", "--steps", "3", *SMALL], common.Run.step
+    flags, step = ["--save_every", "0", "--steps", "3", "--eval_every", "3", *SMALL], common.Run.step
+    calls, evaluate = [], common.evaluate
+    monkeypatch.setattr(common, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
 
     def interrupted(run, number, *rest, **more):
         step(run, number, *rest, **more)
@@ -647,8 +621,9 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         common.main([*flags, "--out", str(tmp_path / "a")])
     assert stop.value.code == 130 and "stopped after step 2" in capsys.readouterr().out
-    monkeypatch.undo()
+    monkeypatch.setattr(common.Run, "step", step)
     common.main([*flags, "--out", str(tmp_path / "a"), "--resume"])
+    assert len(calls) == 2  # before, and after step 3, which is also the last evaluation
     common.main([*flags, "--out", str(tmp_path / "b")])
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
 
