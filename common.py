@@ -61,20 +61,6 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def command(main: Callable) -> Callable:
-    """Decorates a script's `main`: what may happen at any time ends in one sentence."""
-    def guarded(argv=None):
-        try:
-            return main(argv)
-        except torch.OutOfMemoryError:
-            fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens or --group_size")
-        except OSError as error:  # a folder that cannot be written, a full disk
-            fail(" ".join(str(error).split()))
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-    return guarded
-
-
 def option(default, help: str):
     """A Config field with its help sentence."""
     return field(default=default, metadata={"help": help})
@@ -322,22 +308,17 @@ def chain_task(rng, operations=(3, 5), modulus: int = 10) -> Task:
     for label in "ABCDEFGH"[:rng.randint(*operations)]:
         steps.append(f"{label}{rng.choice('+-*')}{rng.randrange(1, modulus)}")
     text = f"Start with {start}, work modulo {modulus}: {', '.join(steps)}{ASK}"
-    return Task([{"role": "user", "content": text}], str(chain_values(text)[-1]))
+    return Task([{"role": "user", "content": text}], str(parse_chain(text)[0][-1]))
 
 
-def parse_chain(text: str) -> tuple[int, int, list[tuple[str, str, int]]]:
-    """Problem text -> (start, modulus, [(label, operation, operand), ...])."""
+def parse_chain(text: str) -> tuple[list[int], int, list[tuple[str, str, int]]]:
+    """Problem text -> ([start, value after each operation], modulus, [(label, operation, operand), ...])."""
     start, modulus = map(int, re.search(r"Start with (\d+), work modulo (\d+):", text).groups())
-    return start, modulus, [(a, b, int(c)) for a, b, c in re.findall(r"\b([A-H])([+*-])(\d+)", text)]
-
-
-def chain_values(text: str) -> list[int]:
-    """The start value and the value after each operation."""
-    start, modulus, steps = parse_chain(text)
+    steps = [(a, b, int(c)) for a, b, c in re.findall(r"\b([A-H])([+*-])(\d+)", text)]
     values = [start]
     for _, operation, operand in steps:
         values.append(APPLY[operation](values[-1], operand) % modulus)
-    return values
+    return values, modulus, steps
 
 
 def load_tasks(source: str, eval_tasks: int, make_chain=chain_task, a_step: int = 1):
@@ -916,11 +897,12 @@ def evaluate(model, tok, tasks, **sampling) -> dict:
                           **sampling)
             right += rewards(out, tasks[i:i + size]).tolist()
             length, finished = length + int(out.mask.sum()), finished + int(out.finished.sum())
-        spread = np.std(right, ddof=1) if len(tasks) > 1 else 0.0
-        result |= {prefix + "accuracy": np.mean(right), prefix + "se": spread / math.sqrt(len(tasks))}
+        right = torch.tensor(right)                                                 # (tasks,)
+        spread = float(right.std()) if len(tasks) > 1 else 0.0
+        result |= {prefix + "accuracy": float(right.mean()), prefix + "se": spread / math.sqrt(len(tasks))}
         if temperature:
             result |= {"length": length / len(tasks), "finished": finished / len(tasks)}
-    return {key: float(value) for key, value in result.items()}
+    return result
 
 
 # ------------------------------------------------------------------------------------- runs on disk
@@ -955,7 +937,7 @@ class Run:
                      "go on with the same ones, or start again with --overwrite")
             self.notes = self.state["notes"]
             self.began -= self.notes["seconds"]  # the time before the stop counts too
-        elif self.folder.exists() and not (config.overwrite and self.metrics.exists()):
+        elif any(self.folder.glob("*")) and not (config.overwrite and self.metrics.exists()):
             fail(f"{self.folder} exists; if it is a run, --overwrite replaces it and --resume goes on")
 
     def track(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
@@ -1140,12 +1122,23 @@ def plot_runs(png: str, folders: list) -> None:
     print(f"wrote {png}")
 
 
-def train_and_plot(config, train: Callable, script: str) -> None:
-    """What `python X.py` does: train, then draw with --plot FILE.png; --plot FILE.png RUN... only draws."""
-    if len(config.plot) < 2:
-        train(config)
-    if config.plot:
-        plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
+def launch(config, script: str, train: Callable, **actions: Callable) -> None:
+    """What `python X.py` does: the action whose flag is given, else train and, with --plot, draw. What may
+    happen at any time ends in one sentence."""
+    try:
+        for flag, action in actions.items():
+            if getattr(config, flag):
+                return action(config)
+        if len(config.plot) < 2:
+            train(config)
+        if config.plot:
+            plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens or --group_size")
+    except OSError as error:  # a folder that cannot be written, a full disk
+        fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 # ---------------------------------------------------------------------- chat, for judges and memory
@@ -1163,9 +1156,9 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
 
     def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
         answers: list[str | None] = [None] * len(conversations)
-        room = model.config.max_position_embeddings - max_new_tokens  # a longer conversation gets no answer
         # No text may end its own turn: here, where the tokenizer is known, its control tokens are broken up.
         safe = [[{**m, "content": defused(tok, m["content"])} for m in c] for c in conversations]
+        room = model.config.max_position_embeddings - max_new_tokens  # a longer conversation gets no answer
         fitting = [i for i, c in enumerate(safe) if len(prompt_ids(tok, c)) <= room]
         for start in range(0, len(fitting), batch):
             part = fitting[start:start + batch]
@@ -1284,7 +1277,8 @@ def remembered(chat: Callable, path: Path, key) -> Callable:
     memory.seek(0)
     try:
         for number, line in enumerate(memory.read().splitlines(), 1):
-            known |= {(entry := json.loads(line))["address"]: entry["reply"]}
+            entry = json.loads(line)
+            known[entry["address"]] = entry["reply"]
     except (ValueError, LookupError, TypeError):
         fail(f"{path}, line {number}: not a line of such a memory; repair or remove it")
 
@@ -1310,7 +1304,7 @@ small_chain = functools.partial(chain_task, operations=(2, 4), modulus=7)
 
 def worked_solution(rng, task: Task, wrong: float = 0.0) -> str:
     """A chain solved: `A4+1=5, B5*5=4. \\boxed{4}`; a result is random with probability `wrong`."""
-    value, modulus, steps = parse_chain(task.messages[-1]["content"])
+    (value, *_), modulus, steps = parse_chain(task.messages[-1]["content"])
     parts = []
     for label, operation, operand in steps:
         before, value = value, APPLY[operation](value, operand) % modulus
@@ -1369,9 +1363,8 @@ def train(config: Config) -> dict:
     return run.finish(student, tok, measure)
 
 
-@command
 def main(argv=None) -> None:
-    train_and_plot(parse(Config, argv), train, "common")
+    launch(parse(Config, argv), "common", train)
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ def mistaken_solution(rng, task: Task) -> str:
 
     That misconception is in 85 % of all -, slips are in 3 % of +, 10 % of * and 5 % of the boxed values.
     """
-    value, modulus, steps = common.parse_chain(task.messages[-1]["content"])
+    (value, *_), modulus, steps = common.parse_chain(task.messages[-1]["content"])
     written = []
     for label, sign, operand in steps:
         result = common.APPLY[sign](value, operand) % modulus
@@ -408,7 +408,7 @@ def write_rubric(question: str, teachers: list[Reading], students: list[Reading]
 
 def impression(question: str, answer: Reading) -> int:
     """The scalar judge's 0 to 10: how far the answer gets before its first mistake."""
-    value, modulus, steps = common.parse_chain(question)
+    (value, *_), modulus, steps = common.parse_chain(question)
     done = 0
     for (_, sign, operand), written in zip(steps, answer.steps):
         result = common.APPLY[sign](value, operand) % modulus
@@ -650,7 +650,6 @@ def compare(config: Config) -> None:
         "seconds_per_step": "seconds a step"}))
 
 
-@common.command
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
     if min(config.teacher_answers, config.reply_tokens) < 1:
@@ -664,12 +663,7 @@ def main(argv=None) -> None:
     for flag, useful in used.items():
         if getattr(config, flag) and not useful:
             common.fail(f"--{flag} would change nothing here; leave it out")
-    if config.explain:
-        explain(config)
-    elif config.compare:
-        compare(config)
-    else:
-        common.train_and_plot(config, train, "ropd")
+    common.launch(config, "ropd", train, explain=explain, compare=compare)
 
 
 if __name__ == "__main__":

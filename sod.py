@@ -174,7 +174,7 @@ def call_text(label: str, expression: str) -> str:
 
 def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8):
     """A demonstration [(turn, tool's answer or None), ...], with errors and recoveries as in `habits`."""
-    value, modulus, steps = common.parse_chain(task.messages[-1]["content"])
+    (value, *_), modulus, steps = common.parse_chain(task.messages[-1]["content"])
     turns, k, worse = [], 0, 1.0
 
     def slip(kind):
@@ -337,8 +337,7 @@ def oracle(task: Task, turns: list[str], statuses: list[str]):
     """Yields for each turn: what stands before it, whether it is right, and the right turn (always known).
     'tool error': the last trouble was an error message or a time-out; 'silent error': a wrong call that was
     answered; a right call that succeeds makes the prefix 'clean' again."""
-    text = task.messages[-1]["content"]
-    values, (_, _, steps) = common.chain_values(text), common.parse_chain(text)
+    values, _, steps = common.parse_chain(task.messages[-1]["content"])
     rights = [call_text(label, f"{value}{operation}{operand}")
               for value, (label, operation, operand) in zip(values, steps)] + [f"\\boxed{{{values[-1]}}}"]
     k, prefix = 0, "clean"
@@ -444,17 +443,11 @@ def explain(config: Config) -> None:
     print(common.table(rows, ["token", "", "student", "teacher", "entropy", "weight", "w(q-s)"]))
 
 
-@common.command
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
-    if config.timeout_rate > 1:
-        common.fail(f"--timeout_rate {config.timeout_rate} is no share; give a number from 0 to 1")
     if unknown := set(config.methods) - set(METHODS):
         common.fail(f"--methods {' '.join(sorted(unknown))}: unknown; choose from {', '.join(METHODS)}")
-    for name, action in (("cascade", cascade), ("explain", explain), ("compare", compare)):
-        if getattr(config, name):
-            return action(config)
-    common.train_and_plot(config, train, "sod")
+    common.launch(config, "sod", train, cascade=cascade, explain=explain, compare=compare)
 
 
 if __name__ == "__main__":

@@ -268,9 +268,9 @@ def small_chain(rng) -> Task:
 
 def write_solution(rng, task: Task, long: bool, wrong: float = 0.0, snap_back: float = 0.0) -> str:
     """Two styles of equal reward: `A3+4=7, B7*5=5. \\boxed{5}` (long) and `A7, B5. \\boxed{5}` (terse)."""
-    text, parts = task.messages[-1]["content"], []
-    value, modulus, steps = common.parse_chain(text)
-    for (label, operation, operand), right in zip(steps, common.chain_values(text)[1:]):
+    (value, *values), modulus, steps = common.parse_chain(task.messages[-1]["content"])
+    parts = []
+    for (label, operation, operand), right in zip(steps, values):
         result = common.APPLY[operation](value, operand) % modulus if rng.random() >= snap_back else right
         if rng.random() < wrong:
             result = rng.randrange(modulus)
@@ -440,16 +440,13 @@ def explain(config) -> None:
                        ["token", "teacher would say", "student p", "teacher p", "JSD", "H", "weight"]))
 
 
-@common.command
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
     if config.ema > 1:
         common.fail(f"--ema {config.ema} is out of range; give a share from 0 to 1")
     if config.minibatches != 1:
         common.fail("--minibatches must be 1: the weights and N belong to one update on the whole batch")
-    if config.explain or config.compare:
-        return explain(config) if config.explain else compare(config)
-    common.train_and_plot(config, train, "srpo")
+    common.launch(config, "srpo", train, explain=explain, compare=compare)
 
 
 if __name__ == "__main__":

@@ -291,15 +291,13 @@ def test_pad_may_be_the_end_of_turn_token(tok, model):
     a, b = some_rollouts(model, tok, max_new_tokens=60), some_rollouts(model, same, max_new_tokens=60)
     assert torch.equal(a.mask, b.mask) and torch.equal(a.attention_mask, b.attention_mask)
     assert torch.allclose(a.logps, b.logps, atol=1e-5)
-    ended = a.finished.nonzero().flatten().tolist()
-    for i in ended:  # the sampled end-of-turn is trained
+    for i in a.finished.nonzero().flatten().tolist():  # the sampled end-of-turn is trained
         last = int(a.mask[i].nonzero()[-1])
         assert int(b.ids[i, last]) == common.end_of_turn(tok)
 
 
 def test_same_seed_same_rollouts_and_greedy_is_the_argmax(tok, model):
-    a, b = some_rollouts(model, tok), some_rollouts(model, tok)
-    assert torch.equal(a.ids, b.ids)
+    assert torch.equal(some_rollouts(model, tok).ids, some_rollouts(model, tok).ids)
     greedy = some_rollouts(model, tok, temperature=0.0)
     logits = model(input_ids=greedy.ids, attention_mask=greedy.attention_mask,
                    position_ids=common.positions(greedy.attention_mask)).logits
@@ -389,8 +387,7 @@ def test_python_tool():
     text, _ = run({"code": "print('a' * 500 + 'b' * 500)"})
     assert len(text) == 273 and text.startswith("a" * 128 + "...") and text.endswith("b" * 128)
     assert run({"code": "import os; print(sorted(os.environ))"})[0] in ("[]", "['LC_CTYPE']")
-    assert run({"code": "input()"})[1] == "error"
-    assert run({"code": ""}) == ("(no output)", "ok")
+    assert run({"code": "input()"})[1] == "error" and run({"code": ""}) == ("(no output)", "ok")
 
 
 def test_python_tool_kills_what_is_left_running(tmp_path):
@@ -431,7 +428,7 @@ def test_answers(text, answer, right):
 
 
 def test_chain_problems():
-    assert common.chain_values("Start with 3, work modulo 10: A-9, B*7, C-7. Put") == [3, 4, 8, 1]
+    assert common.parse_chain("Start with 3, work modulo 10: A-9, B*7, C-7. Put")[0] == [3, 4, 8, 1]
     train, held_out = common.load_tasks("chain", 50)
     texts = [{t.messages[0]["content"] for t in tasks} for tasks in (train, held_out)]
     assert not texts[0] & texts[1] and len(held_out) == 50
@@ -565,16 +562,16 @@ def test_resume_equals_never_stopped_and_nothing_is_lost(tmp_path, refused):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@dataclasses.dataclass
+class Compare(common.Config):
+    seeds: int = 2
+
+
 def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
     """Finished cells are taken, a cell in the middle goes on; the table is that of an uninterrupted run."""
     variants, trained = {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}}, []
 
-    @dataclasses.dataclass
-    class Config(common.Config):
-        seeds: int = 2
-        compare: bool = True
-
-    def compare(out, steps, stop=None, **flags):
+    def compare(out, stop=None, **flags):
         def train(cell):
             if len(trained) == stop:  # dies in the middle of this cell, after its checkpoint
                 common.train(dataclasses.replace(cell, steps=1))
@@ -582,23 +579,23 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
                 raise KeyboardInterrupt
             trained.append(common.Path(cell.out).name)
             return common.train(cell)
-        config = Config(steps=steps, prompts_per_step=2, group_size=4, eval_tasks=20, save_every=1,
-                        out=str(tmp_path / out), **flags)
+        config = Compare(steps=3, prompts_per_step=2, group_size=4, eval_tasks=20, save_every=1,
+                         out=str(tmp_path / out), **flags)
         return common.seed_table(common.compared(train, config, variants, "x"), {"accuracy_after": "T = 1"})
 
-    whole = compare("whole", 3)
+    whole = compare("whole")
     trained.clear()
     with pytest.raises(KeyboardInterrupt):
-        compare("parts", 3, stop=1)
+        compare("parts", stop=1)
     capsys.readouterr()
-    assert compare("parts", 3) == whole
+    assert compare("parts") == whole
     assert trained == ["low-s0", "a-high-rate-s0", "low-s1", "a-high-rate-s1"]
     out = capsys.readouterr().out
     assert out.count("taken from") == 1 and out.count("step 1/3") == 2 and out.count("step 2/3") == 3
     for name in trained:
         assert timeless(tmp_path / "whole" / name) == timeless(tmp_path / "parts" / name)
     trained.clear()
-    compare("parts", 3, seeds=1, overwrite=True)
+    compare("parts", seeds=1, overwrite=True)
     assert trained == ["low-s0", "a-high-rate-s0"]
 
 
@@ -628,17 +625,12 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path, capsys, monkeypatch):
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
 
 
-def test_what_may_happen_at_any_time_is_one_sentence(refused):
-    def raising(error):
-        @common.command
-        def main(argv=None):
-            raise error
-        return main
-    assert "--micro_batch" in refused(raising(torch.OutOfMemoryError("CUDA out of memory.\nTried to ...")))
-    assert "No space left" in refused(raising(OSError(28, "No space left\non device", "x")))
-    with pytest.raises(SystemExit) as stop:
-        raising(KeyboardInterrupt())()
-    assert stop.value.code == 130
+@pytest.mark.parametrize("error, word", [(torch.OutOfMemoryError("CUDA out of\nmemory."), "--micro_batch"),
+                                         (OSError(28, "No space left\non device", "x"), "No space left")])
+def test_what_may_happen_at_any_time_is_one_sentence(error, word, refused):
+    def train(config):
+        raise error
+    assert word in refused(common.start, common.Config(), "x", train)
 
 
 def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, tok, model):
