@@ -54,8 +54,7 @@ def test_no_variance_or_one_rollout_gives_exactly_zero(rewards):
 def test_groups_do_not_mix_and_scale_does_not_matter():
     r = torch.tensor([1., 0., 0., 1., 1., 0.])
     a = common.group_advantages(r, 3)
-    each = [common.group_advantages(part, 3) for part in (r[:3], r[3:])]
-    assert torch.allclose(a, torch.cat(each))
+    assert torch.allclose(a, torch.cat([common.group_advantages(part, 3) for part in (r[:3], r[3:])]))
     assert torch.allclose(common.group_advantages(5 * r - 2, 3), a, atol=1e-4)
 
 
@@ -186,52 +185,35 @@ def test_minibatches_reuse_the_frozen_log_probs(tok, model, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- rollouts
-class Script:
-    """Stands in for common.choose: hands each row its own ids, in order. The rollout asks in the order of its
-    batch and drops only rows that are done, which this class follows from the scripts."""
-
-    def __init__(self, scripts, glue):
-        self.scripts, self.at, self.rows = scripts, [0] * len(scripts), list(range(len(scripts)))
-        self.waiting, self.glue = [0] * len(scripts), glue  # glue(row, k): forced ids after its k-th sampled
-
-    def __call__(self, logits, temperature, generator):
-        if len(logits) < len(self.rows):
-            self.rows = [i for i in self.rows if self.waiting[i] or self.at[i] < len(self.scripts[i])]
-        assert len(logits) == len(self.rows)
-        chosen = [0] * len(self.rows)  # 0: is overruled by the queue, or the row is done
-        for j, i in enumerate(self.rows):
-            if self.waiting[i] or self.at[i] >= len(self.scripts[i]):
-                self.waiting[i] = max(0, self.waiting[i] - 1)
-            else:
-                chosen[j] = self.scripts[i][self.at[i]]
-                self.waiting[i] = self.glue(i, self.at[i])
-                self.at[i] += 1
-        token, logps = torch.tensor(chosen), torch.log_softmax(logits / temperature, -1)
-        return token, logps.gather(1, token[:, None])[:, 0], common.entropy_of(logps)
-
-
 def call(expression, name="calculator"):
     return f'<tool_call>\n{{"name": "{name}", "arguments": {{"expression": "{expression}"}}}}\n</tool_call>'
 
 
 def run_script(monkeypatch, tok, model, rows, **how):
-    """rows: per row a list of turns. Each is encoded and ended; tool answers are the real calculator's."""
-    end = common.end_of_turn(tok)
-    encoded = [[[*(t if isinstance(t, list) else common.encode(tok, t)), end] for t in turns]
-               for turns in rows]
-    flat = [[i for turn in turns for i in turn] for turns in encoded]
-    tool, glue = common.TOOLS["calculator"], {}
-    for r, turns in enumerate(rows):
-        position = -1
-        for k, turn in enumerate(turns):
-            position += len(encoded[r][k])
-            found = common.parse_tool_call(turn) if isinstance(turn, str) else None
-            if found and k + 1 < how.get("max_turns", 8):
-                glue[r, position] = len(common.tool_message_ids(tok, common.run_tools(tool, [found])[0][0]))
-    tasks = [ask(f"question {i} {'x' * i}") for i in range(len(rows))]
+    """rows: per row a list of turns. In place of common.choose, each row gets its own ids, in order."""
+    scripts = [[i for turn in turns for i in [*(turn if isinstance(turn, list) else common.encode(tok, turn)),
+                                              common.end_of_turn(tok)]] for turns in rows]
+    made, batch = [], []
+
+    class Row(common.Row):
+        def __init__(self):
+            super().__init__()
+            batch.append(len(made))
+            made.append(self)
+
+    def choose(logits, temperature, generator):
+        if len(logits) < len(batch):  # the rollout has dropped the rows that are done
+            batch[:] = [i for i in batch if not made[i].done]
+        token = torch.tensor([0 if made[i].queue or made[i].done else  # 0: overruled, or dropped
+                              scripts[i][sum(e[1] for e in made[i].response)] for i in batch])
+        logps = torch.log_softmax(logits / temperature, -1)
+        return token, logps.gather(1, token[:, None])[:, 0], common.entropy_of(logps)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "choose", Script(flat, lambda r, p: glue.get((r, p), 0)))
-        return common.rollout(model, tok, tasks, tool=tool, **{"max_new_tokens": 400, **how})
+        patch.setattr(common, "Row", Row)
+        patch.setattr(common, "choose", choose)
+        tasks = [ask(f"question {i} {'x' * i}") for i in range(len(rows))]
+        return common.rollout(model, tok, tasks, tool=common.TOOLS["calculator"],
+                              **{"max_new_tokens": 400, **how})
 
 
 def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
@@ -391,8 +373,7 @@ def test_python_tool():
 
 
 def test_python_tool_kills_what_is_left_running(tmp_path):
-    started = time.time()
-    mark = tmp_path / "mark"
+    started, mark = time.time(), tmp_path / "mark"
     code = ("import os, time\nif os.fork() == 0:\n    time.sleep(3)\n"
             f"    open({str(mark)!r}, 'w')\nwhile True: pass")
     assert common.run_python({"code": code}, seconds=1.0) == ("error: timed out", "timeout")
@@ -403,11 +384,8 @@ def test_python_tool_kills_what_is_left_running(tmp_path):
 
 def test_parse_tool_call():
     assert common.parse_tool_call(call("1+1")) == {"name": "calculator", "arguments": {"expression": "1+1"}}
-    for bad in ("", "<tool_call>", "<tool_call>{}</tool_call>",
-                '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
-                '<tool_call>{"name": "a", "arguments": "b"}</tool_call>', "<tool_call>[1]</tool_call>",
-                "<tool_call>" + "[" * 100000 + "</tool_call>"):
-        assert common.parse_tool_call(bad) is None
+    for bad in ("", "{}", '{"name": 1, "arguments": {}}', '{"name": "a", "arguments": ""}', "[" * 99999):
+        assert common.parse_tool_call(f"<tool_call>{bad}</tool_call>") is None
 
 
 # --------------------------------------------------------------------------------- answers and data
@@ -527,9 +505,8 @@ def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
     tok.save_pretrained(tmp_path)
     loaded, loaded_tok = common.load_model(str(tmp_path), "cpu")
     common.check_same_tokenizer(tok, loaded_tok)
-    messages = ask("Start with 1, work modulo 10: A+1.").messages
-    assert common.prompt_ids(loaded_tok, messages, common.TOOLS["calculator"]) == common.prompt_ids(
-        tok, messages, common.TOOLS["calculator"])
+    messages, tool = ask("Start with 1, work modulo 10: A+1.").messages, common.TOOLS["calculator"]
+    assert common.prompt_ids(loaded_tok, messages, tool) == common.prompt_ids(tok, messages, tool)
     ids = torch.tensor([common.prompt_ids(tok, messages)])
     assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
 
@@ -659,7 +636,5 @@ def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, tok, model):
 
 
 def test_grpo_learns(tmp_path):
-    config = common.parse(common.Config, ["--steps", "25", "--eval_tasks", "100", "--show_every", "0",
-                                          "--out", str(tmp_path / "run")])
-    summary = common.train(config)
+    summary = common.train(common.Config(steps=25, eval_tasks=100, show_every=0, out=str(tmp_path / "run")))
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.05

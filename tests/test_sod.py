@@ -215,8 +215,7 @@ def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch):
 
 
 def test_sod_learns(tmp_path):
-    summary = sod.train(common.parse(sod.Config, ["--steps", "40", "--eval_tasks", "150", "--show_every", "0",
-                                                  "--out", str(tmp_path / "run")]))
+    summary = sod.train(sod.Config(steps=40, eval_tasks=150, show_every=0, out=str(tmp_path / "run")))
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
 
 
