@@ -607,7 +607,7 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path, capsys, monkeypatch):
 def test_what_may_happen_at_any_time_is_one_sentence(error, word, refused):
     def train(config):
         raise error
-    assert word in refused(common.start, common.Config(), "x", train)
+    assert word in refused(common.launch, common.Config(), "x", train)
 
 
 def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, tok, model):
