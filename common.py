@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import InferenceClient, constants
 from huggingface_hub.utils import get_session
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
@@ -50,6 +50,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfA
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of the python tool
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# For long work that prints no lines of its own; silent in a log file.
+progress = functools.partial(tqdm, mininterval=1, leave=False, disable=None)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -57,20 +59,6 @@ def fail(message: str) -> NoReturn:
     """One sentence on stderr, exit code 2. The only way these scripts complain about their input."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def command(main: Callable) -> Callable:
-    """Decorates a script's `main`: what may happen at any time ends in one sentence, too."""
-    def guarded(argv=None):
-        try:
-            return main(argv)
-        except torch.OutOfMemoryError:
-            fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens or --group_size")
-        except OSError as error:  # a folder that cannot be written, a full disk
-            fail(" ".join(str(error).split()))
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-    return guarded
 
 
 def option(default, help: str):
@@ -112,6 +100,14 @@ class Config:
         if not self.max_new_tokens:
             self.max_new_tokens = self.tiny_tokens if self.data == "chain" else 1024
 
+    @property
+    def sampling(self) -> dict:
+        return {name: getattr(self, name) for name in ("max_new_tokens", "max_turns", "thinking")}
+
+    @property
+    def rate(self) -> float:
+        return self.lr if self.lr is not None else 3e-4 if self.model == "tiny" else 1e-6
+
 
 def parse(config_class, argv=None):
     """Command line -> config. No abbreviations; an unknown flag or bad value: one sentence, exit code 2."""
@@ -126,13 +122,7 @@ def parse(config_class, argv=None):
     for flags in (("resume", "overwrite"), ("compare", "explain", "cascade", "build_teacher_cache", "plot")):
         if len(given := [f"--{flag}" for flag in flags if getattr(config, flag, False)]) > 1:
             fail(f"{' and '.join(given)} contradict each other; give one of them")
-    if config.prompts_per_step % config.minibatches:
-        fail(f"--minibatches {config.minibatches} must divide --prompts_per_step {config.prompts_per_step}")
     return config
-
-
-# For long work that prints no lines of its own; silent in a log file.
-progress = functools.partial(tqdm, mininterval=1, leave=False, disable=None)
 
 
 def setup(config) -> torch.device:
@@ -144,12 +134,6 @@ def setup(config) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         fail(f"device '{name}' is not usable on this machine; try --device cpu")
-
-
-def mixed_precision(device) -> bool:
-    """Does this device compute in bf16? Whatever depends on the device asks here: autocast, the type of the
-    head and of frozen models, gradient checkpointing, `rescore`. On a CPU everything is fp32."""
-    return torch.device(device).type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -172,24 +156,22 @@ TEMPLATE = """\
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 # What the template always writes in one piece is one token of the tiny tokenizer: a tool's answer costs 3.
-TEMPLATE_ATOMS = ["<|im_start|>system\n", "# Tools\n", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>user\n",
-                  "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n<tool_response>\n",
-                  "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"]
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# special=False as in Qwen3: special tokens vanish in decoding, and then no tool call could be parsed.
-PROTOCOL = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+PHRASES = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+           "<|im_start|>system\n", "# Tools\n", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>user\n",
+           "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n<tool_response>\n",
+           "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"]
 
 
 def build_tokenizer(atoms: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level tokenizer without merges (any text can be encoded, digits and operators stay single), plus
-    `atoms`: phrases that are one token each. A trained BPE would need hundreds of merges to learn them."""
+    `atoms`: phrases that are one token each."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(SPECIAL)
-    phrases = [*PROTOCOL, *TEMPLATE_ATOMS, *atoms]
-    core.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in phrases])
+    core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    # special=False as in Qwen3: special tokens vanish in decoding, and then no tool call could be parsed.
+    core.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in PHRASES + atoms])
     tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tok.chat_template = TEMPLATE
     return tok
@@ -233,13 +215,20 @@ def cached(model, key, build: Callable, fresh: bool = False):
 def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
     """Next-token fit of a tiny model on demonstrations; cached. docs: list of (ids, mask), lists of equal
     length; the loss is on the tokens with mask 1, as in SFT."""
+    def epoch():  # documents of similar length share a batch of 32, which halves the padding
+        order = rng.sample(range(len(docs)), len(docs))
+        pools = [sorted(order[i:i + 512], key=lambda j: len(docs[j][0])) for i in range(0, len(order), 512)]
+        return [rows[i:i + 32] for rows in pools for i in range(0, len(rows), 32)]
+
     def build():
-        rng, batches = random.Random(seed), []
+        batches = []
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, (steps - s) / steps))
         model.train()
         for _ in progress(range(steps), desc=f"fitting {name}"):
-            batches = batches or length_buckets(docs, 32, rng)
+            if not batches:
+                batches = epoch()
+                rng.shuffle(batches)
             rows = batches.pop()
             ids, mask = (padded([docs[i][j] for i in rows], 0) for j in (0, 1))     # (B, T) each
             # Right padding needs no attention mask under causal attention: no real token can look at a pad.
@@ -250,35 +239,33 @@ def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0
             optimizer.zero_grad()  # after the step: the last gradient must not leak into later training
             ramp.step()
 
-    digest = hashlib.sha256(json.dumps(docs).encode()).hexdigest()
+    rng, digest = random.Random(seed), hashlib.sha256(json.dumps(docs).encode()).hexdigest()
     return cached(model, ["fit", digest, steps, 32, lr, seed], build, fresh)
-
-
-def length_buckets(docs, batch: int, rng) -> list[list[int]]:
-    """One shuffled epoch of batches; documents of similar length share a batch, which halves the padding."""
-    order, pool = rng.sample(range(len(docs)), len(docs)), 16 * batch
-    pools = [sorted(order[i:i + pool], key=lambda j: len(docs[j][0])) for i in range(0, len(order), pool)]
-    batches = [rows[i:i + batch] for rows in pools for i in range(0, len(rows), batch)]
-    rng.shuffle(batches)
-    return batches
 
 
 @functools.cache
 def hub_reachable() -> bool:
-    """One request. Without a network, or behind a dead one, the hub's own client would try for a minute."""
+    """One request. Without a network the hub's own client would try for a minute."""
     try:
         return bool(get_session().head(constants.ENDPOINT, timeout=5))
     except Exception:  # each version of the hub's client has its own; all mean the same here
         return False
 
 
-def load_model(name: str, device, trainable: bool = True):
-    """Hugging Face id or folder -> (model, tokenizer).
+def mixed_precision(device) -> bool:
+    """bf16 or fp32? All that depends on the device asks here: autocast, types, checkpointing, `rescore`."""
+    return torch.device(device).type == "cuda"
 
-    A trainable model has fp32 master weights: bf16 ones swallow updates of 1e-6. A frozen one is stored in
-    bf16 on CUDA, and on a CPU in the type that it was saved in, which reads half as much memory a step.
-    """
+
+def autocast(model):
+    device = model.device.type
+    return torch.autocast(device, torch.bfloat16, enabled=mixed_precision(device))
+
+
+def load_model(name: str, device, trainable: bool = True):
+    """Hugging Face id or folder -> (model, tokenizer). Frozen on a CPU, it keeps the type it was saved in."""
     bf16 = mixed_precision(device)
+    # fp32 master weights: bf16 ones would swallow updates of 1e-6
     dtype = torch.float32 if trainable else torch.bfloat16 if bf16 else "auto"
     offline = Path(name).exists() or not hub_reachable()
     try:
@@ -303,11 +290,6 @@ def check_same_tokenizer(tok, teacher_tok) -> None:
              "take two models of one family")
 
 
-def autocast(model):
-    device = model.device.type
-    return torch.autocast(device, torch.bfloat16, enabled=mixed_precision(device))
-
-
 # -------------------------------------------------------------------------------- tasks and answers
 @dataclass
 class Task:
@@ -326,30 +308,21 @@ def chain_task(rng, operations=(3, 5), modulus: int = 10) -> Task:
     for label in "ABCDEFGH"[:rng.randint(*operations)]:
         steps.append(f"{label}{rng.choice('+-*')}{rng.randrange(1, modulus)}")
     text = f"Start with {start}, work modulo {modulus}: {', '.join(steps)}{ASK}"
-    return Task([{"role": "user", "content": text}], str(chain_values(text)[-1]))
+    return Task([{"role": "user", "content": text}], str(parse_chain(text)[0][-1]))
 
 
-def parse_chain(text: str) -> tuple[int, int, list[tuple[str, str, int]]]:
-    """Problem text -> (start, modulus, [(label, operation, operand), ...])."""
+def parse_chain(text: str) -> tuple[list[int], int, list[tuple[str, str, int]]]:
+    """Problem text -> ([start, value after each operation], modulus, [(label, operation, operand), ...])."""
     start, modulus = map(int, re.search(r"Start with (\d+), work modulo (\d+):", text).groups())
-    return start, modulus, [(a, b, int(c)) for a, b, c in re.findall(r"\b([A-H])([+*-])(\d+)", text)]
-
-
-def chain_values(text: str) -> list[int]:
-    """The start value and the value after each operation."""
-    start, modulus, steps = parse_chain(text)
+    steps = [(a, b, int(c)) for a, b, c in re.findall(r"\b([A-H])([+*-])(\d+)", text)]
     values = [start]
     for _, operation, operand in steps:
         values.append(APPLY[operation](values[-1], operand) % modulus)
-    return values
+    return values, modulus, steps
 
 
-def load_tasks(source: str, eval_tasks: int, make_chain=chain_task,
-               a_step: int = 1) -> tuple[list[Task], list[Task]]:
-    """'chain', a file or a hub id -> (training, held-out tasks): disjoint, the same for every seed.
-
-    a_step: how many training problems there must be at least.
-    """
+def load_tasks(source: str, eval_tasks: int, make_chain=chain_task, a_step: int = 1):
+    """'chain', a file or a hub id -> (training, held-out tasks): disjoint, the same for every seed."""
     rng = random.Random(20260)
     if source == "chain":
         tasks = [make_chain(rng) for _ in range(20 * eval_tasks + 4000)]
@@ -365,47 +338,37 @@ def load_tasks(source: str, eval_tasks: int, make_chain=chain_task,
 
 def read_rows(source: str) -> list[dict]:
     """JSON lines, one JSON list, csv, parquet or a hub id -> rows."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        return read_json(path)
-    import datasets  # slow to import, so only where it is needed
-    datasets.disable_progress_bars()
+    kind, rows, where = Path(source).suffix[1:], [], ""
     try:
-        if path.suffix in (".csv", ".parquet"):
-            return list(datasets.load_dataset(path.suffix[1:], data_files=source, split="train"))
+        if kind in ("jsonl", "json"):  # not through `datasets`, which would not name a bad line
+            text = Path(source).read_text(encoding="utf-8")
+            if text.lstrip().startswith("["):
+                return json.loads(text)
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f", line {number}"
+                rows += [json.loads(line)] if line.strip() else []
+            return rows
+        import datasets  # slow to import, so only where it is needed
+        datasets.disable_progress_bars()
+        if kind in ("csv", "parquet"):
+            return list(datasets.load_dataset(kind, data_files=source, split="train"))
         if not hub_reachable():
-            raise ConnectionError
+            raise ConnectionError("no such file, and no network")
         configs = datasets.get_dataset_config_names(source)
-        config = "main" if "main" in configs else configs[0]
-        return list(datasets.load_dataset(source, config, split="train"))
+        return list(datasets.load_dataset(source, "main" if "main" in configs else configs[0], split="train"))
     except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
-        fail(f"cannot read the dataset '{source}' ({type(error).__name__}); give 'chain', a jsonl, json, csv "
-             "or parquet file, or, with a network, a hub id")
-
-
-def read_json(path: Path) -> list[dict]:
-    """Not through `datasets`, which would not name a bad line."""
-    rows, number = [], 0
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        for number, line in enumerate(text.split("\n"), 1):
-            rows += [json.loads(line)] if line.strip() else []
-    except (OSError, ValueError) as error:  # no such file, not in UTF-8, not JSON
-        fail(f"cannot read {path}{f', line {number}' * bool(number)} ({error}); check --data")
-    return rows
+        fail(f"cannot read {source}{where} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+             "give 'chain', a jsonl, json, csv or parquet file, or, with a network, a hub id")
 
 
 def row_to_task(row: dict, where: str) -> Task:
     """One dataset row -> Task. Columns: question, problem or prompt; answer or solution; optional system."""
     columns = row if isinstance(row, dict) else {}
-    question, answer = (next((columns[name] for name in names if columns.get(name) not in (None, "")), None)
-                        for names in (("question", "problem", "prompt"), ("answer", "solution")))
+    question = columns.get("question") or columns.get("problem") or columns.get("prompt")
+    answer, system = columns.get("answer", columns.get("solution")), columns.get("system") or ""
     if not isinstance(question, str) or answer is None:
         fail(f"{where}: found the columns {sorted(columns)}, but need question, problem or prompt (a text), "
              "and answer or solution")
-    system = columns.get("system") or ""
     if not any(mark in system + question for mark in ("boxed", "<answer>")):
         question += "\n\nPut the final answer in \\boxed{}."
     messages = [{"role": "system", "content": system}] if system else []
@@ -431,17 +394,16 @@ def final_answer(text: str) -> str | None:
     return None
 
 
-def normalise(answer: str):
-    """Numbers lose commas, $, % and trailing zeros; words lose spaces and case; a single letter is exact."""
-    plain = re.sub(r"[\s,$%]|\\[ ,!%$]", "", answer).rstrip(".")
-    with contextlib.suppress(InvalidOperation):
-        if (number := Decimal(plain)).is_finite():  # not float, which would round a long integer
-            return number
-    return plain if len(plain) == 1 else plain.casefold()
-
-
 def is_correct(text: str, answer: str) -> bool:
-    """Does `text` commit to `answer`? Both sides are normalised alike."""
+    """Does `text` commit to `answer`? Numbers lose commas, $, % and trailing zeros, words lose spaces and
+    case, a single letter is exact."""
+    def normalise(words):
+        plain = re.sub(r"[\s,$%]|\\[ ,!%$]", "", words).rstrip(".")
+        with contextlib.suppress(InvalidOperation):
+            if (number := Decimal(plain)).is_finite():  # not float, which would round a long integer
+                return number
+        return plain if len(plain) == 1 else plain.casefold()
+
     found = final_answer(text)
     return found is not None and normalise(found) == normalise(answer)
 
@@ -449,11 +411,10 @@ def is_correct(text: str, answer: str) -> bool:
 # -------------------------------------------------------------------------------------------- tools
 @dataclass
 class Tool:
-    """One callable tool. `run(arguments)` -> (text for the model, status: 'ok', 'error' or 'timeout')."""
     name: str
     description: str
     parameter: str    # its one argument, a string
-    run: Callable[[dict], tuple[str, str]]
+    run: Callable[[dict], tuple[str, str]]  # arguments -> text for the model, 'ok', 'error' or 'timeout'
     workers: int = 1  # more: the calls of one decoding step run in parallel threads
 
     @property
@@ -478,9 +439,8 @@ def calculate(node) -> float:
         return OPERATORS[type(node.op)](calculate(node.operand))
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = calculate(node.left), calculate(node.right)
-        if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
-            raise ValueError("9**9**9 would never end")
-        return OPERATORS[type(node.op)](left, right)
+        if not isinstance(node.op, ast.Pow) or abs(right) <= 64 and abs(left) <= 1e6:  # 9**9**9 never ends
+            return OPERATORS[type(node.op)](left, right)
     raise ValueError("not arithmetic")
 
 
@@ -514,14 +474,10 @@ exec(compile(ast.fix_missing_locations(tree), "code.py", "exec"), {"__name__": "
 
 def run_python(arguments: dict, seconds: float = 10.0) -> tuple[str, str]:
     """Runs the model's code in a subprocess (POSIX): isolated mode, own session, temporary folder, empty
-    environment, no stdin, limits on CPU, memory and file size; a time-out kills the whole process group.
-
-    It does NOT stop code from reading files that you can read, opening sockets, or leaving its session. The
-    right wall for a model you do not trust is a container.
-    """
+    environment, no stdin, limits on CPU, memory and file size; a time-out kills the whole process group. It
+    does NOT stop code from reading your files, opening sockets or leaving its session: use a container."""
     code = str(arguments.get("code", ""))
-    if fenced := re.search(r"```(?:python)?\n(.*?)```", code, re.DOTALL):
-        code = fenced.group(1)
+    code = re.sub(r".*?```(?:python)?\n(.*?)```.*", r"\1", code, count=1, flags=re.DOTALL)  # in a fence
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "out"), "w+b") as out:
         Path(folder, "code.py").write_text(code, encoding="utf-8", errors="replace")
         child = subprocess.Popen([sys.executable, "-I", "-c", PYTHON_CHILD], cwd=folder, env={},
@@ -556,11 +512,8 @@ def parse_tool_call(text: str) -> dict | None:
 
 def run_tools(tool: Tool, calls: list[dict]) -> list[tuple[str, str]]:
     def one(call):
-        if call["name"] != tool.name:
-            return f"error: there is no tool {call['name'][:40]}", "error"
-        return tool.run(call["arguments"])
-    if tool.workers == 1 or len(calls) < 2:
-        return [one(call) for call in calls]
+        missing = f"error: there is no tool {call['name'][:40]}", "error"
+        return tool.run(call["arguments"]) if call["name"] == tool.name else missing
     with ThreadPoolExecutor(tool.workers) as pool:
         return list(pool.map(one, calls))
 
@@ -595,8 +548,8 @@ def prompt_ids(tok, messages: list[dict], tool: Tool | None = None, thinking: bo
 
 @functools.lru_cache(maxsize=64)
 def tool_glue(tok, thinking: bool = False) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer's own template puts before and after a tool's text: from behind the
-    assistant's end-of-turn token (sampled, so already there) to where its next turn begins."""
+    """What the tokenizer's own template puts before and after a tool's text: from behind the assistant's
+    end-of-turn token (sampled, so already there) to where its next turn begins."""
     said, heard = "@@SAID@@", "@@HEARD@@"
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said},
             {"role": "tool", "content": heard}]
@@ -616,8 +569,8 @@ def tool_message_ids(tok, text: str, thinking: bool = False) -> list[int]:
 
 
 def defused(tok, text: str) -> str:
-    """Text of a model's or a server's making, for use inside a prompt: every special token of this tokenizer
-    is broken up, `<|im_end|>` becomes `< |im_end|>`, so that it can neither end nor begin a turn."""
+    """Text for use inside a prompt: every special token of this tokenizer is broken up, `<|im_end|>` becomes
+    `< |im_end|>`, so that what a model or a server wrote can neither end nor begin a turn."""
     special = {*tok.all_special_tokens, *(t.content for t in tok.added_tokens_decoder.values() if t.special)}
     for token in sorted(special, key=len, reverse=True):
         text = text.replace(token, f"{token[:1]} {token[1:]}")
@@ -658,11 +611,9 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
     """Samples group_size trajectories a task, all in one batch with one KV cache.
 
     In each column every row either *samples* its next token or, while ids are queued for it (a tool's answer
-    with the template around it), *takes the next queued id*. Which of the two it was is the loss mask. A tool
-    turn costs no second prefill, and nothing is decoded and encoded again: the ids are what the model saw.
-
-    A turn ends with the end-of-turn token. If its text holds a tool call, the tool runs and its message is
-    queued; else the row is done. A message that would not fit into max_new_tokens ends the row too.
+    with the template around it), *takes the next queued id*. Which of the two it was is the loss mask.
+    Nothing is decoded and encoded again: the ids are what the model saw. A turn ends with the end-of-turn
+    token; if it holds a tool call, the tool runs and its message is queued, else the row is done.
     """
     assert not model.training, "rollouts need model.eval(): gradient checkpointing would switch the cache off"
     device, end = model.device, end_of_turn(tok)
@@ -711,8 +662,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
 
 def close_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
     """Ends the row's turn; returns the tool call to run, or marks the row as done."""
-    row.text = tok.decode(row.turn[:-1], skip_special_tokens=False)
-    row.turn = []
+    row.text, row.turn = tok.decode(row.turn[:-1], skip_special_tokens=False), []
     row.status.append("none")
     call = parse_tool_call(row.text) if tool else None
     row.finished, row.done = call is None, call is None or len(row.status) >= max_turns
@@ -784,13 +734,14 @@ def rewards(rollouts: Rollouts, tasks: list[Task]):
 
 def transcript(tok, rollouts: Rollouts, row: int) -> str:
     """One rollout for people: what the model wrote, with the tools' texts in [brackets]."""
-    parts, spans = [], rollouts.steps[row]
-    for (start, end), after in zip(spans, [*spans[1:], None]):
+    parts, heard_from = [], None
+    for start, end in rollouts.steps[row]:
+        if heard_from:
+            heard = tok.decode(rollouts.ids[row, heard_from:start], skip_special_tokens=True)
+            heard = heard.partition("<tool_response>")[2].partition("</tool_response>")[0]
+            parts.append(f"[{heard.strip()}]")
         parts.append(tok.decode(rollouts.ids[row, start:end], skip_special_tokens=True).strip())
-        if after:
-            heard = tok.decode(rollouts.ids[row, end:after[0]], skip_special_tokens=True)
-            inside = re.search(r"<tool_response>\s*(.*?)\s*</tool_response>", heard, re.DOTALL)
-            parts.append(f"[{inside.group(1) if inside else heard.strip()}]")
+        heard_from = end
     return " ".join(parts).replace("\n", " ")
 
 
@@ -799,11 +750,9 @@ CHUNK_LOGITS = 2**26  # 256 MB in fp32
 
 
 def hidden_at(model, ids, attention_mask, mask):
-    """Last hidden states from which the tokens under `mask` are predicted: (N, H), row by row.
-
-    ids, mask (B, T); attention_mask (B, T), or None if the padding is all on the right. The token in column p
-    is predicted from column p - 1: this shift is here and nowhere else.
-    """
+    """Last hidden states from which the tokens under `mask` are predicted: (N, H), row by row. ids, mask
+    (B, T); attention_mask (B, T), or None if the padding is all on the right. The token in column p is
+    predicted from column p - 1: this shift is here and nowhere else."""
     with autocast(model):
         hidden = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False,
                                   position_ids=None if attention_mask is None else positions(attention_mask)
@@ -821,10 +770,8 @@ def lm_head(head) -> Callable:
 
 def over_vocab_chunks(hidden, head, fn, *rows):
     """fn(logits (n, V), *rows (n, ...)) -> tensor (n,) or tuple of them, over chunks of tokens, concatenated.
-
-    (tokens x vocabulary) logits never exist at once: a chunk holds CHUNK_LOGITS of them, and under gradients
-    it is computed again in the backward pass. hidden (N, H); head: language-model head; rows: N entries each.
-    """
+    hidden (N, H); rows: N entries each. All logits never exist at once: a chunk holds CHUNK_LOGITS of them,
+    and under gradients it is computed again in the backward pass."""
     logits = lm_head(head)
 
     def one(h, *r):                                                                 # (n, H), (n, ...)
@@ -839,10 +786,7 @@ def over_vocab_chunks(hidden, head, fn, *rows):
 
 def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with_entropy: bool = False):
     """log p(token | all before it) under `mask`, 0 elsewhere: (B, T); with_entropy: also entropies in nats.
-
-    The one place that scores tokens. It must agree with what `rollout` noted while sampling: a test holds it
-    to 1e-5.
-    """
+    The one place that scores tokens; what `rollout` notes while sampling agrees to 1e-5."""
     def fn(logits, target):                                                         # (n, V), (n,)
         logits = logits / temperature
         logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)        # (n,)
@@ -878,18 +822,16 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, micro_batch: int 
 
 
 def rescore(model, rollouts: Rollouts, config) -> None:
-    """In bf16, replaces the sampler's log-probs by the scorer's: their kernels differ by about 1e-2, and the
-    ratio of an unchanged policy must be 1. In fp32 the two agree, so nothing is done."""
+    """In bf16, the scorer's log-probs instead of the sampler's: their kernels differ by about 1e-2, and the
+    ratio of an unchanged policy must be 1."""
     if mixed_precision(rollouts.ids.device):
         rollouts.logps, rollouts.entropy = score(model, rollouts, config.temperature, config.micro_batch)
 
 
 # --------------------------------------------------------------------------------------------- GRPO
 def group_advantages(rewards, group_size: int, std: bool = True):
-    """GRPO advantages, (B,) -> (B,). std=False leaves out the division (Dr. GRPO, arXiv 2503.20783).
-
-    A group of one, or one without variance, gives exactly 0: float noise must not be blown up.
-    """
+    """GRPO advantages, (B,) -> (B,). std=False leaves out the division (Dr. GRPO, arXiv 2503.20783). A group
+    of one, or one without variance, gives exactly 0: float noise must not be blown up."""
     grouped = rewards.double().view(-1, group_size)                                 # (groups, group_size)
     # DeepSeekMath (arXiv 2402.03300), section 4.1.2: A_i = (r_i - mean(r)) / std(r); std is unbiased, + 1e-6
     advantages = grouped - grouped.mean(1, keepdim=True)
@@ -902,10 +844,8 @@ def group_advantages(rewards, group_size: int, std: bool = True):
 def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_high: float = 0.28,
                 dual_clip: float = 3.0, denominator=None):
     """Clipped policy-gradient loss: sum of the token losses under `mask` / denominator (default: its tokens).
-
-    logps, old_logps, mask (B, T); advantages (B, T) or (B, 1). When you split an optimiser batch, pass the
-    token count of the whole batch as denominator: micro-batches then give the same gradient as one batch.
-    """
+    logps, old_logps, mask (B, T); advantages (B, T) or (B, 1). Micro-batches give the gradient of the whole
+    batch if the denominator is the token count of the whole batch."""
     # rho_t = pi(y_t) / pi_old(y_t)
     ratio = (logps - old_logps).clamp(-20, 20).exp()                                # (B, T)
     # L_t = max(-A rho, -A clip(rho, 1 - low, 1 + high)), and where A < 0 at most -dual_clip A
@@ -913,14 +853,6 @@ def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
     loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return (loss * mask).sum() / (mask.sum() if denominator is None else denominator)
-
-
-def base_lr(config) -> float:
-    return config.lr if config.lr is not None else (3e-4 if config.model == "tiny" else 1e-6)
-
-
-def make_optimizer(model, config):
-    return torch.optim.AdamW(model.parameters(), lr=base_lr(config), weight_decay=0.0)
 
 
 def apply_gradients(model, optimizer, step: int, lr: float) -> float:
@@ -935,11 +867,8 @@ def apply_gradients(model, optimizer, step: int, lr: float) -> float:
 
 
 def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int) -> float:
-    """One pass over a batch of rollouts: --minibatches optimiser updates, each exact for any --micro_batch.
-
-    advantages (B, T) or (B, 1). Returns the last gradient norm. With one update a batch the ratio is 1 and
-    the clip inert; with more, the later minibatches are a little off-policy and the clip starts to act.
-    """
+    """--minibatches optimiser updates on a batch of rollouts -> the last gradient norm. advantages (B, T) or
+    (B, 1). With one update a batch the ratio is 1 and the clip inert; with more, it starts to act."""
     norm, advantages = 0.0, advantages.expand(rollouts.ids.shape)                   # (B, T)
     student.train()  # switches gradient checkpointing on; the models have no dropout
     for rows in torch.arange(len(rollouts.ids)).chunk(config.minibatches):
@@ -951,21 +880,15 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
             logps = token_logps(student, rollouts.ids[batch], rollouts.attention_mask[batch], mask,
                                 config.temperature)                                 # (b, t)
             policy_loss(logps, rollouts.logps[batch], advantages[batch], mask, denominator=tokens).backward()
-        norm = apply_gradients(student, optimizer, step, base_lr(config))
+        norm = apply_gradients(student, optimizer, step, config.rate)
     student.eval()
     return norm
 
 
-# --------------------------------------------------------------------------------------- evaluation
 def evaluate(model, tok, tasks, **sampling) -> dict:
     """Accuracy at T = 1 and greedy, each with its standard error over problems; length, share finished.
-
-    sampling: keyword arguments of `rollout`. The seed is fixed: all methods see the same problems and dice.
-    """
-    c = model.config  # rows at once: as many as keep the KV cache below 8 GB
-    cache_bytes = 8 * c.num_hidden_layers * c.num_key_value_heads * getattr(c, "head_dim", 128) * (
-        sampling["max_new_tokens"] + 512)
-    size, result = max(1, min(512, 2**33 // cache_bytes)), {}
+    sampling: keyword arguments of `rollout`. The seed is fixed: all methods see the same dice."""
+    size, result = 512 if model.num_parameters() < 1e7 else 32, {}  # rows at once, for the KV cache's sake
     for prefix, temperature in (("", 1.0), ("greedy_", 0.0)):
         generator = torch.Generator(model.device).manual_seed(1234)
         right, length, finished = [], 0, 0
@@ -983,10 +906,6 @@ def evaluate(model, tok, tasks, **sampling) -> dict:
 
 
 # ------------------------------------------------------------------------------------- runs on disk
-def run_folder(config, script: str) -> Path:
-    return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
-
-
 # Flags that may change between a run and its --resume. All others are part of what the run is.
 FREE_FLAGS = {"steps", "out", "resume", "overwrite", "threads", "save_every", "show_every", "plot", "fresh",
               "compare", "methods", "seeds"}
@@ -997,63 +916,62 @@ def changed_flags(recorded: dict, config) -> list[str]:
     return [f"--{k}" for k, v in recorded.items() if k not in FREE_FLAGS and v != getattr(config, k, v)]
 
 
+def run_folder(config, script: str) -> Path:
+    return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
+
+
 class Run:
     """A run's folder (metrics.jsonl, summary.json, state.pt, model/), its console lines, its checkpoint."""
 
     def __init__(self, config, script: str):
-        self.config, self.began, self.interrupted = config, time.time(), False
-        self.warned, self.latest = set(), (None, {})  # warnings given; the last evaluation, and when
-        self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
-        self.folder = run_folder(config, script)
+        self.config, self.script, self.folder = config, script, run_folder(config, script)
         self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "state.pt"
-        exists = self.folder.exists() and any(self.folder.iterdir())
+        self.began, self.interrupted, self.warned, self.last_eval = time.time(), False, set(), (None, {})
+        self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
         if config.resume:
-            self._load_state()
-        elif exists and not config.overwrite:
-            fail(f"{self.folder} exists; add --overwrite to replace it, --resume to go on, or another --out")
-        elif exists and not self.metrics.exists():
-            fail(f"{self.folder} does not look like a run, so it is not overwritten; give another --out")
-
-    def _load_state(self) -> None:
-        if not self.checkpoint.exists() or not self.metrics.exists():
-            fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
-        self.state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        if changed := changed_flags(self.state["config"], self.config):
-            fail(f"{self.folder} was begun with other flags ({', '.join(changed)}); "
-                 "go on with the same ones, or start again with --overwrite")
-        self.notes = self.state["notes"]
-        self.began -= self.notes["seconds"]  # the time before the stop counts too
-        # What came after the checkpoint is done again; a kill may have left half a line, which has no "}".
-        lines = [x for x in self.metrics.read_text().splitlines() if x.endswith("}") and '"after"' not in x]
-        self.kept = [line for line in lines if json.loads(line).get("step", 0) <= self.notes["step"]]
+            if not (self.checkpoint.exists() and self.metrics.exists()):
+                fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
+            self.state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+            if changed := changed_flags(self.state["config"], config):
+                fail(f"{self.folder} was begun with other flags ({', '.join(changed)}); "
+                     "go on with the same ones, or start again with --overwrite")
+            self.notes = self.state["notes"]
+            self.began -= self.notes["seconds"]  # the time before the stop counts too
+        elif any(self.folder.glob("*")) and not (config.overwrite and self.metrics.exists()):
+            fail(f"{self.folder} exists; if it is a run, --overwrite replaces it and --resume goes on")
 
     def track(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
-        """Says what a checkpoint must hold, restores it on --resume, and returns the first step to do.
-
-        modules: the student, the optimiser, whatever else has a state_dict; generator and dice: all that is
-        random. Only now, with data and models loaded, is anything written: a start that fails on bad input
-        leaves an earlier run as it was.
-        """
-        self.modules, self.generator, self.dice = modules, generator, dice
-        if self.config.resume:
+        """Names what a checkpoint holds, restores it on --resume, returns the first step to do. modules: the
+        student, the optimiser, whatever else has a state_dict. Only now, with data and models loaded, is
+        anything written: a start that fails on bad input leaves an earlier run as it was."""
+        self.modules, self.generator, self.dice, config = modules, generator, dice, self.config
+        print(f"{self.script}.py  {config.method}  {config.model} model, "
+              f"{modules[0].num_parameters() / 1e6:.2f} M parameters | {modules[0].device}, "
+              f"{torch.get_num_threads()} thread(s) | seed {config.seed} | {config.steps} steps x "
+              f"{config.prompts_per_step} prompts x {config.group_size} rollouts\n"
+              "The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
+        if config.resume:
             for module, state in zip(modules, self.state["modules"], strict=True):
                 module.load_state_dict(state)
             generator.set_state(self.state["generator"])
             for rng, state in zip(dice, self.state["dice"], strict=True):
                 rng.setstate(state)
+            # What came after the checkpoint is done again; a kill may have left half a line, without its "}".
+            lines = self.metrics.read_text().splitlines()
+            lines = [line + "\n" for line in lines if line.endswith("}") and '"after"' not in line
+                     and json.loads(line).get("step", 0) <= self.notes["step"]]
             with replacing(self.metrics) as file:
-                file.write_text("".join(line + "\n" for line in self.kept))
+                file.write_text("".join(lines))
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             self.metrics.touch()
-        signal.signal(signal.SIGINT, self.interrupt)
-        return self.notes["step"]
 
-    def interrupt(self, *_) -> None:
-        """Ctrl-C: the step is finished and saved first; a second Ctrl-C stops at once."""
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        def interrupt(*_):  # Ctrl-C: the step is finished and saved first; a second Ctrl-C stops at once
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
+        return self.notes["step"]
 
     def end_step(self, step: int, measure: Callable[[], dict]) -> None:
         """Evaluation and checkpoint, where they are due. A checkpoint replaces the one before."""
@@ -1073,8 +991,8 @@ class Run:
             raise SystemExit(130)
 
     def log(self, record: dict) -> None:
-        with open(self.metrics, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def step(self, step: int, started: float, shown: dict, **more) -> None:
         """One line on the console (`shown`), one object in metrics.jsonl (`shown` and `more`)."""
@@ -1086,17 +1004,15 @@ class Run:
 
     def evaluated(self, when, result: dict) -> None:
         """when: 'before', 'after' or the number of a step."""
-        accuracy, self.latest = result["accuracy"], (when, result)
-        if when == "before":
-            self.notes |= {"before": result, "best": accuracy}
-        self.notes["best"] = max(self.notes["best"], accuracy)
-        change = f"  ({accuracy - self.notes['before']['accuracy']:+.3f})" if when == "after" else ""
+        accuracy, self.last_eval = result["accuracy"], (when, result)
+        before = self.notes.setdefault("before", result)
+        self.notes["best"] = max(self.notes.get("best", 0.0), accuracy)
         print(f"eval {when}  accuracy {accuracy:.3f} +- {result['se']:.3f} at T = 1, "
-              f"{result['greedy_accuracy']:.3f} greedy, length {result['length']:.0f}{change}", flush=True)
+              f"{result['greedy_accuracy']:.3f} greedy, length {result['length']:.0f}"
+              + f"  ({accuracy - before['accuracy']:+.3f})" * (when == "after"), flush=True)
         self.log({"eval": when, **({"step": when} if isinstance(when, int) else {}), **result})
 
-    def warn(self, text: str) -> None:
-        """Each warning once."""
+    def warn(self, text: str) -> None:  # each warning once
         if text not in self.warned:
             print(f"warning: {text}", flush=True)
         self.warned.add(text)
@@ -1107,50 +1023,41 @@ class Run:
         groups, tokens = reward.view(-1, self.config.group_size), rollouts.mask.sum()   # (groups, group_size)
         flat = int((groups.amax(1) == groups.amin(1)).sum())
         entropy, cut = float(rollouts.entropy.sum() / tokens), float((~rollouts.finished).float().mean())
-        if flat == len(groups) > 0 and self.config.group_size > 1:
-            self.warn("in every group all rewards are equal, so the outcome gives no signal in this step; "
-                      "take easier or harder problems, or a larger --group_size")
-        if cut > 0.5:
-            self.warn("more than half of the rollouts did not finish and score 0; "
-                      "raise --max_new_tokens or --max_turns")
-        if entropy < 0.01:
-            self.warn("the entropy is below 0.01: the model writes the same text again and again; lower --lr")
-        if not math.isfinite(norm):
-            self.notes["skipped_steps"] += 1
-            self.warn("the gradient is not finite; such steps are skipped and counted; lower --lr")
+        skipped = not math.isfinite(norm)
+        self.notes["skipped_steps"] += skipped
+        for condition, text in (
+                (flat == len(groups) > 0 and self.config.group_size > 1, "in every group all rewards are "
+                 "equal: no signal from them; take easier or harder problems, or a larger --group_size"),
+                (cut > 0.5, "more than half of the rollouts did not finish and score 0; "
+                 "raise --max_new_tokens or --max_turns"),
+                (entropy < 0.01, "the entropy is below 0.01: the model repeats itself; lower --lr"),
+                (skipped, "the gradient is not finite; such steps are skipped and counted; lower --lr")):
+            if condition:
+                self.warn(text)
         return {"entropy": entropy, "grad": norm, "length": float(tokens / len(rollouts.mask)), "cut": cut,
                 "flat groups": f"{flat}/{len(groups)}"}
 
     def finish(self, model, tok, measure: Callable[[], dict], **more) -> dict:
         """Last evaluation (unless the last step had one), model/, summary.json; returns the summary."""
-        when, result = self.latest
-        self.evaluated("after", result if when == self.notes["step"] > 0 else measure())
+        config, notes, (when, after) = self.config, self.notes, self.last_eval
+        after = after if when == notes["step"] > 0 else measure()
+        self.evaluated("after", after)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        config, notes, after, before = self.config, self.notes, self.latest[1], self.notes["before"]
-        notes["seconds"] = time.time() - self.began
-        summary = {
-            "method": config.method, "seed": config.seed, "accuracy_before": before["accuracy"],
-            "accuracy_after": after["accuracy"], "accuracy_best": notes["best"], "se": after["se"],
-            "greedy_before": before["greedy_accuracy"], "greedy_after": after["greedy_accuracy"],
-            "greedy_se": after["greedy_se"], "length_before": before["length"],
-            "length_after": after["length"], "skipped_steps": notes["skipped_steps"],
-            "seconds": notes["seconds"], "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]),
+        summary = {"method": config.method, "seed": config.seed, "accuracy_best": notes["best"]}
+        for name, key in (("accuracy", "accuracy"), ("greedy", "greedy_accuracy"), ("length", "length")):
+            summary |= {name + "_before": notes["before"][key], name + "_after": after[key]}
+        summary |= {
+            "se": after["se"], "greedy_se": after["greedy_se"], "skipped_steps": notes["skipped_steps"],
+            "seconds": time.time() - self.began,
+            "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]),
             **more, "config": dataclasses.asdict(config),
             "versions": {module.__name__: module.__version__ for module in (torch, transformers)}}
-        model.save_pretrained(self.folder / "model")
-        tok.save_pretrained(self.folder / "model")
+        for part in (model, tok):
+            part.save_pretrained(self.folder / "model")
         with replacing(self.folder / "summary.json") as file:
             file.write_text(json.dumps(summary, indent=1))
         print(f"wrote {self.folder}/  total {summary['seconds']:.0f} s", flush=True)
         return summary
-
-
-def header(script: str, config, model, device) -> None:
-    threads, size = torch.get_num_threads(), model.num_parameters() / 1e6
-    print(f"{script}  {config.method}  {config.model} model, {size:.2f} M parameters | {device}, "
-          f"{threads} thread{'s' * (threads > 1)} | seed {config.seed} | {config.steps} steps x "
-          f"{config.prompts_per_step} prompts x {config.group_size} rollouts\n"
-          "The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
 
 
 def table(rows: list[list], head: list[str]) -> str:
@@ -1163,26 +1070,23 @@ def table(rows: list[list], head: list[str]) -> str:
 
 def compared(train: Callable, config, variants: dict[str, dict], script: str) -> dict[str, list[dict]]:
     """Trains every variant (name -> the flags in which it differs) on --seeds seeds: name -> summaries.
-
-    A table of hours may be stopped at any time: the next start takes the cells that are finished, and a cell
-    in the middle goes on from its checkpoint. --overwrite starts anew.
-    """
-    found, fresh = {name: [] for name in variants}, config.fresh
+    After a stop, finished cells are taken and a cell in the middle goes on; --overwrite starts anew."""
+    found = {name: [] for name in variants}
     for seed in range(config.seed, config.seed + config.seeds):
         for name, flags in variants.items():
-            root, cell_name = config.out or f"runs/{script}-compare", re.sub("[^a-z0-9_]+", "-", name)
-            folder = Path(root, f"{cell_name}-s{seed}")
-            state, summary = folder / "state.pt", folder / "summary.json"
-            cell = dataclasses.replace(config, **{
-                "seed": seed, "out": str(folder), "show_every": 0, "fresh": fresh, **flags})
+            cell_name = f"{re.sub('[^a-z0-9_]+', '-', name)}-s{seed}"
+            folder = Path(config.out or f"runs/{script}-compare", cell_name)
+            summary = folder / "summary.json"
+            cell = dataclasses.replace(config, **{"seed": seed, "out": str(folder), "show_every": 0, **flags})
             print(f"\n{name}, seed {seed}", flush=True)
             done = json.loads(summary.read_text()) if summary.exists() and not config.overwrite else None
             if done and done["config"]["steps"] == cell.steps and not changed_flags(done["config"], cell):
                 print(f"taken from {folder}, where it was finished earlier; --overwrite trains it again")
             else:
-                cell.resume = state.exists() and not config.overwrite
-                cell.overwrite = config.overwrite or not (state.exists() or summary.exists())
-                done, fresh = train(cell), False  # the tiny models are fitted anew once, not for every cell
+                cell.resume = (folder / "state.pt").exists() and not config.overwrite
+                cell.overwrite = config.overwrite or not summary.exists()
+                done = train(cell)
+                config = dataclasses.replace(config, fresh=False)  # the tiny models are fitted anew only once
             found[name].append(done)
     return found
 
@@ -1200,15 +1104,11 @@ def seed_table(found: dict[str, list[dict]], columns: dict[str, str]) -> str:
 
 def plot_runs(png: str, folders: list) -> None:
     """Accuracy, solved share, entropy and response length of run folders over the step, in one PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     titles = {"accuracy": "held-out accuracy, T = 1", "solved": "solved (training batch)",
               "entropy": "entropy (nats)", "length": "sampled tokens a rollout"}
-    figure, axes = plt.subplots(1, len(titles), figsize=(16, 3.5))
+    figure, axes = plt.subplots(1, len(titles), figsize=(16, 3.5), layout="tight")
     for folder in map(Path, folders):
-        if not (folder / "metrics.jsonl").exists():
-            fail(f"{folder} is not a run's folder (it has no metrics.jsonl); check --plot")
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines if line.endswith("}")]  # while it runs, one may be half
         when = {"before": 0, "after": max(r.get("step", 0) for r in records)}
@@ -1218,29 +1118,35 @@ def plot_runs(png: str, folders: list) -> None:
             axis.plot(*zip(*points), "o-" if key == "accuracy" else "-", label=folder.name)
             axis.set(title=title, xlabel="step")
     axes[0].legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(png, dpi=120)
-    plt.close(figure)
     print(f"wrote {png}")
 
 
-def train_and_plot(config, train: Callable, script: str) -> None:
-    """What `python X.py` does: train, then draw with --plot FILE.png; --plot FILE.png RUN... only draws."""
-    if len(config.plot) < 2:
-        train(config)
-    if config.plot:
-        plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
+def launch(config, script: str, train: Callable, **actions: Callable) -> None:
+    """What `python X.py` does: the action whose flag is given, else train and, with --plot, draw. What may
+    happen at any time ends in one sentence."""
+    try:
+        for flag, action in actions.items():
+            if getattr(config, flag):
+                return action(config)
+        if len(config.plot) < 2:
+            train(config)
+        if config.plot:
+            plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens or --group_size")
+    except OSError as error:  # a folder that cannot be written, a full disk
+        fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 # ---------------------------------------------------------------------- chat, for judges and memory
 def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, temperature: float = 0.0, *,
                  json_object: bool = False, batch: int = 8, device: str = "auto", **network) -> Callable:
     """A function: list of conversations (lists of messages) -> list of texts, None where no full answer came.
-
-    name: the URL of an OpenAI-compatible server (`model_name` is its name of the model, `network` the keyword
-    arguments of `endpoint`), or a Hugging Face id or folder, run here in batches. The function takes
-    temperature and max_new_tokens of its own, so that one loaded model can play several roles.
-    """
+    name: the URL of an OpenAI-compatible server (`model_name` is its name of the model), or a Hugging Face id
+    or folder. The function takes its own temperature and max_new_tokens: one model can play several roles."""
     if name.startswith(("http://", "https://")):
         return endpoint(name, model_name, max_new_tokens, temperature, json_object, **network)
     if device == "auto":
@@ -1250,9 +1156,9 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
 
     def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
         answers: list[str | None] = [None] * len(conversations)
-        room = model.config.max_position_embeddings - max_new_tokens  # a longer conversation gets no answer
         # No text may end its own turn: here, where the tokenizer is known, its control tokens are broken up.
         safe = [[{**m, "content": defused(tok, m["content"])} for m in c] for c in conversations]
+        room = model.config.max_position_embeddings - max_new_tokens  # a longer conversation gets no answer
         fitting = [i for i, c in enumerate(safe) if len(prompt_ids(tok, c)) <= room]
         for start in range(0, len(fitting), batch):
             part = fitting[start:start + batch]
@@ -1267,47 +1173,40 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
 def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float, json_object: bool,
              api_key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 4, workers: int = 8,
              sleep: Callable = time.sleep) -> Callable:
-    """`chat_backend` for a server, `workers` requests at once; 408, 429, 5xx and lost connections retried.
-
-    A first request is made here: a wrong address, key, model or flag must show before any work is done.
-    """
-    from huggingface_hub import InferenceClient
+    """`chat_backend` for a server, `workers` requests at once, each at most `timeout` seconds long.
+    A first request is made here: a wrong address, key, model or flag must show before any work is done."""
     # The key is explicit: without one the client would send this machine's Hugging Face token to the URL.
     client = InferenceClient(base_url=url, api_key=os.environ.get(api_key_env) or "EMPTY", timeout=timeout)
     fixed = {"model": model_name or "default"}
-    if json_object:
-        fixed["response_format"] = {"type": "json_object"}
+    fixed |= {"response_format": {"type": "json_object"}} if json_object else {}
     told = []  # the first thing that the server said instead of a reply
 
     def request(messages, sampling):
-        """-> (text or None, what was said instead of a reply, would every other request fail too?)."""
+        """-> text or None, what was said instead of a reply, its HTTP status."""
         for attempt in range(retries + 1):
             try:
                 reply = within(timeout, lambda: client.chat_completion(messages, **fixed, **sampling))
-                choice = reply.choices[0]
-                whole = choice.finish_reason not in ("length", "content_filter")
-                return message_text(choice.message) if whole else None, "", False
+                text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+                whole = isinstance(text, str) and text and reason not in ("length", "content_filter")
+                return text if whole else None, "", 200
             except Exception as error:  # the error classes differ between versions, these attributes do not
                 response = getattr(error, "response", None)
-                code = getattr(response, "status_code", None)
+                code = getattr(response, "status_code", 0)
                 said = getattr(response, "text", "") or getattr(error, "doc", "") or str(error)
                 said = f"{code or type(error).__name__} {said or f'nothing whole in {timeout:g} s'}"
-                said = " ".join(said.split())[:300]
-                # HTML, for example, or a URL that is none: what is not of these kinds is the network's.
-                unreadable = isinstance(error, (ValueError, TypeError, LookupError, AttributeError))
-                if code not in (408, 429) and (code < 500 if code else unreadable):
-                    return None, said, code in (401, 402, 403, 404)
+                if 0 < code < 500 and code not in (408, 429):
+                    break  # refused; all else may be better in a while, a lost connection for example
                 wait = response.headers.get("retry-after", "") if code else ""
                 if attempt < retries:
                     sleep(min(float(wait) if wait.isdigit() else 2.0 ** attempt, 60.0))
-        return None, said, False
+        return None, " ".join(said.split())[:300], code
 
     def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens, first=False):
         sampling = {"max_tokens": max_new_tokens, "temperature": temperature}
         with ThreadPoolExecutor(workers) as pool:
             replies = list(pool.map(lambda messages: request(messages, sampling), conversations))
-        for _, said, hopeless in replies:  # here and not in the threads: everything is said once
-            if hopeless or first and said:
+        for _, said, code in replies:  # here and not in the threads: everything is said once
+            if said and first or code in (401, 402, 403, 404):  # every other request would fail, too
                 fail(f"{url} gives no reply ({said}); check the server, the address, the model name "
                      f"'{model_name}' and ${api_key_env}")
             if said and not told:
@@ -1332,19 +1231,9 @@ def within(seconds: float, call: Callable):
     return future.result(seconds)
 
 
-def message_text(message) -> str | None:
-    """A server's message -> its text. Some send a list of parts; whatever else is no text is no reply."""
-    content = message.content
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part.get("type") == "text")
-    return content if isinstance(content, str) and content else None
-
-
 def read_object(text: str) -> dict:
     """The first JSON object of a reply, whatever thinking, prose or code fence is around it; else ValueError.
-
-    The first one decides: trying later ones would take an inner item of a cut object for the whole.
-    """
+    The first one decides: a later one may be an inner item of an object that is cut."""
     if not text.lstrip().startswith("{"):  # else a value may speak of </think>
         text = text.rsplit("</think>", 1)[-1]
     found = re.search(r'(\[\s*)?(\{\s*")', text)  # \boxed{5} and {1, 2} open no object
@@ -1357,13 +1246,9 @@ def read_object(text: str) -> dict:
 
 
 def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Counter | None = None) -> list:
-    """check(the reply's JSON object) for each conversation, None where no usable reply came.
-
-    check: one function, or one for each conversation; by ValueError, LookupError or TypeError it says that a
-    reply is unusable. The model is then asked again and told why, for a greedy one would only repeat itself;
-    but not where no complete reply came: a server's errors have been retried already, and a cut reply would
-    be cut again. tally: counts "calls" and the reasons.
-    """
+    """check(the reply's JSON object) for each conversation, None where no usable reply came. check: one or a
+    list of functions; by ValueError, LookupError or TypeError they call a reply unusable. The model is then
+    asked again and told why, but not where no complete reply came. tally: counts "calls" and the reasons."""
     checks = check if isinstance(check, list) else [check] * len(conversations)
     results, talks, todo = [None] * len(checks), list(conversations), list(range(len(checks)))
     tally = Counter() if tally is None else tally
@@ -1385,20 +1270,17 @@ def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Count
 
 
 def remembered(chat: Callable, path: Path, key) -> Callable:
-    """`chat` with a memory on disk: JSON lines, of which a later one replaces an earlier one.
-
-    key: what else the replies depend on, the model for example. A conversation that stands several times in
-    one call has several replies. None is not stored: perhaps only a server was out.
-    """
+    """`chat` with a memory on disk: JSON lines, of which a later one replaces an earlier one. key: what else
+    the replies depend on. A conversation that stands several times in one call has several replies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     memory, known = open(path, "a+b", buffering=0), {}  # one write a line: runs side by side do not mix
     memory.seek(0)
-    for number, line in enumerate(memory.read().splitlines(), 1):
-        try:
+    try:
+        for number, line in enumerate(memory.read().splitlines(), 1):
             entry = json.loads(line)
             known[entry["address"]] = entry["reply"]
-        except (ValueError, LookupError, TypeError):
-            fail(f"{path}, line {number}: not a line of such a memory; repair or remove it")
+    except (ValueError, LookupError, TypeError):
+        fail(f"{path}, line {number}: not a line of such a memory; repair or remove it")
 
     def chat_or_remember(conversations, **sampling):
         addresses, times = [], Counter()
@@ -1422,7 +1304,7 @@ small_chain = functools.partial(chain_task, operations=(2, 4), modulus=7)
 
 def worked_solution(rng, task: Task, wrong: float = 0.0) -> str:
     """A chain solved: `A4+1=5, B5*5=4. \\boxed{4}`; a result is random with probability `wrong`."""
-    value, modulus, steps = parse_chain(task.messages[-1]["content"])
+    (value, *_), modulus, steps = parse_chain(task.messages[-1]["content"])
     parts = []
     for label, operation, operand in steps:
         before, value = value, APPLY[operation](value, operand) % modulus
@@ -1455,13 +1337,11 @@ def train(config: Config) -> dict:
     train_tasks, held_out = load_tasks(config.data, config.eval_tasks, small_chain, config.prompts_per_step)
     run = Run(config, "common")
     student, tok = load_student(config, device)
-    header("common.py", config, student, device)
-    optimizer, rng = make_optimizer(student, config), random.Random(config.seed)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    sampling = dict(max_new_tokens=config.max_new_tokens, thinking=config.thinking)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
+    rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
 
     def measure():
-        return evaluate(student, tok, held_out, **sampling)
+        return evaluate(student, tok, held_out, **config.sampling)
 
     first = run.track([student, optimizer], generator, rng)
     if not config.resume:
@@ -1470,7 +1350,7 @@ def train(config: Config) -> dict:
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
         rollouts = rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
-                           generator=generator, **sampling)
+                           generator=generator, **config.sampling)
         rescore(student, rollouts, config)
         reward = rewards(rollouts, tasks)                                           # (B,)
         advantages = group_advantages(reward, config.group_size)                    # (B,)
@@ -1483,9 +1363,8 @@ def train(config: Config) -> dict:
     return run.finish(student, tok, measure)
 
 
-@command
 def main(argv=None) -> None:
-    train_and_plot(parse(Config, argv), train, "common")
+    launch(parse(Config, argv), "common", train)
 
 
 if __name__ == "__main__":

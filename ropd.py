@@ -311,7 +311,7 @@ def mistaken_solution(rng, task: Task) -> str:
 
     That misconception is in 85 % of all -, slips are in 3 % of +, 10 % of * and 5 % of the boxed values.
     """
-    value, modulus, steps = common.parse_chain(task.messages[-1]["content"])
+    (value, *_), modulus, steps = common.parse_chain(task.messages[-1]["content"])
     written = []
     for label, sign, operand in steps:
         result = common.APPLY[sign](value, operand) % modulus
@@ -408,7 +408,7 @@ def write_rubric(question: str, teachers: list[Reading], students: list[Reading]
 
 def impression(question: str, answer: Reading) -> int:
     """The scalar judge's 0 to 10: how far the answer gets before its first mistake."""
-    value, modulus, steps = common.parse_chain(question)
+    (value, *_), modulus, steps = common.parse_chain(question)
     done = 0
     for (_, sign, operand), written in zip(steps, answer.steps):
         result = common.APPLY[sign](value, operand) % modulus
@@ -509,7 +509,7 @@ def sft_update(student, tok, optimizer, tasks, answers, config, step: int) -> fl
     for rows in torch.arange(len(docs)).split(config.micro_batch or len(docs)):
         (-common.token_logps(student, ids[rows], None, mask[rows]).sum() / mask.sum()).backward()
     student.eval()
-    return common.apply_gradients(student, optimizer, step, common.base_lr(config))
+    return common.apply_gradients(student, optimizer, step, config.rate)
 
 
 def train(config: Config) -> dict:
@@ -520,13 +520,11 @@ def train(config: Config) -> dict:
     run = common.Run(config, "ropd")
     teacher, judge = connect(config, device)
     student, tok = load_student(config, device)
-    common.header("ropd.py", config, student, device)
-    optimizer, rng = common.make_optimizer(student, config), random.Random(config.seed)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    sampling = dict(max_new_tokens=config.max_new_tokens, thinking=config.thinking)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
+    rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
 
     def measure():
-        return common.evaluate(student, tok, held_out, **sampling)
+        return common.evaluate(student, tok, held_out, **config.sampling)
 
     first = run.track([student, optimizer], generator, rng)
     if not config.resume:
@@ -544,7 +542,7 @@ def train(config: Config) -> dict:
             run.end_step(step + 1, measure)
             continue
         rollouts = common.rollout(student, tok, tasks, n, temperature=config.temperature,
-                                  generator=generator, **sampling)
+                                  generator=generator, **config.sampling)
         common.rescore(student, rollouts, config)
         correct = common.rewards(rollouts, tasks).cpu()  # (B,) for the log; only --method grpo learns from it
         reward, kept = correct.double(), torch.ones(len(correct), dtype=torch.bool)             # (B,) each
@@ -652,7 +650,6 @@ def compare(config: Config) -> None:
         "seconds_per_step": "seconds a step"}))
 
 
-@common.command
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
     if min(config.teacher_answers, config.reply_tokens) < 1:
@@ -666,12 +663,7 @@ def main(argv=None) -> None:
     for flag, useful in used.items():
         if getattr(config, flag) and not useful:
             common.fail(f"--{flag} would change nothing here; leave it out")
-    if config.explain:
-        explain(config)
-    elif config.compare:
-        compare(config)
-    else:
-        common.train_and_plot(config, train, "ropd")
+    common.launch(config, "ropd", train, explain=explain, compare=compare)
 
 
 if __name__ == "__main__":

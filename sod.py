@@ -31,8 +31,7 @@ Eq. 7 `step_weights`, Eq. 8-10 `sod_advantages`.
 Left out: distributed training, the sandbox service, overlong penalty, the gated OPD that the code never uses.
 
 Built into the toy, by hand, is the paper's premise: the student's demonstrations contain errors (`STUDENT`),
-more of them after a first one; the teacher's contain no time-out, so it does not know what to do after one.
---timeout_rate 0 and --teacher_knows_timeouts take it away.
+more of them after a first one; the teacher's contain no time-out. --teacher_knows_timeouts takes it away.
 """
 import dataclasses
 import functools
@@ -146,7 +145,7 @@ def sod_advantages(outcome, logps, teacher_logps, weights, mask, grpo: float = 1
 # ------------------------------------------------------------------------------------ the toy world
 # The boilerplate of a call is two tokens, a call five, a whole turn with its phrase nine.
 OPEN, CLOSE = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "(', ')%10"}}\n</tool_call>'
-TIMED_OUT = "error: timed out"
+CALCULATOR, TIMED_OUT = common.TOOLS["calculator"], "error: timed out"
 FIRST, SECOND = ("OK, ", "So, ", "Now, ", "Then, "), ("we get ", "we have ", "we do ", "we take ")
 # Rates of errors a turn, factor on them once something went wrong, what follows an error, habits of phrase.
 STUDENT = dict(malformed=.08, operand=.05, start=.04, skip=.04, copy=.08, worse=1.5, retry=.5, redo=.2,
@@ -157,9 +156,9 @@ TEACHER = dict(malformed=.01, operand=.01, start=.01, skip=.005, copy=.01, worse
 
 @functools.cache
 def build_tokenizer():
-    schema = json.dumps(common.TOOLS["calculator"].schema)
-    atoms = [*common.CHAIN_ATOMS, *FIRST, *SECOND, OPEN, CLOSE, schema, BAD_EXPRESSION, TIMED_OUT]
-    return common.build_tokenizer(atoms)
+    schema = json.dumps(CALCULATOR.schema)
+    return common.build_tokenizer([*common.CHAIN_ATOMS, *FIRST, *SECOND, OPEN, CLOSE, schema,
+                                   BAD_EXPRESSION, TIMED_OUT])
 
 
 def flaky(tool: Tool, rate: float, rng) -> Tool:
@@ -175,7 +174,7 @@ def call_text(label: str, expression: str) -> str:
 
 def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8):
     """A demonstration [(turn, tool's answer or None), ...], with errors and recoveries as in `habits`."""
-    value, modulus, steps = common.parse_chain(task.messages[-1]["content"])
+    (value, *_), modulus, steps = common.parse_chain(task.messages[-1]["content"])
     turns, k, worse = [], 0, 1.0
 
     def slip(kind):
@@ -190,7 +189,7 @@ def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8):
         label, operation, operand = steps[at]
         start = rng.randrange(modulus) if slip("start") else value
         other = rng.randrange(1, modulus) if slip("operand") else operand
-        expression = f"{start}{operation}" if slip("malformed") else f"{start}{operation}{other}"
+        expression = f"{start}{operation}{'' if slip('malformed') else other}"
         wrong = (at, start, other) != (k, value, operand)
         answer, status = tool.run({"expression": f"({expression})%{modulus}"})
         turns.append((phrase + call_text(label, expression), answer))
@@ -220,8 +219,7 @@ def conversation(tok, task: Task, turns, tool: Tool) -> tuple[list[int], list[in
 @functools.cache  # --compare asks for the same corpus again and again
 def demonstrations(tok, count: int, who: str, timeout_rate: float, seed: int):
     rng, habits = random.Random(seed), {"student": STUDENT, "teacher": TEACHER}[who]
-    tool = flaky(common.TOOLS["calculator"], timeout_rate, rng)
-    tasks = [common.chain_task(rng) for _ in range(count)]
+    tool, tasks = flaky(CALCULATOR, timeout_rate, rng), [common.chain_task(rng) for _ in range(count)]
     return [conversation(tok, task, demonstrate(rng, task, habits, tool), tool) for task in tasks]
 
 
@@ -231,7 +229,7 @@ def load_student(config, device):
         return common.load_model(config.model, device)
     tok = build_tokenizer()
     docs = demonstrations(tok, 8000, "student", config.timeout_rate, seed=1)
-    model = common.tiny_model(tok, seed=1, hidden_size=64)
+    model = common.tiny_model(tok, seed=1)
     return common.fit_tiny("the student", model, docs, steps=800, fresh=config.fresh).to(device), tok
 
 
@@ -248,7 +246,7 @@ def load_teacher(config, tok, device):
     teacher = common.tiny_model(tok, seed=2, hidden_size=96)
     common.fit_tiny("the teacher", teacher, docs, steps=500, seed=2, fresh=config.fresh)
     weights = b"".join(p.detach().numpy().tobytes() for p in teacher.parameters())
-    # The source of `improve` is in the key: a reader who edits it must get a new teacher, not the old one.
+    # The source of `improve` is in the key: a reader who edits it must get a new teacher.
     key = ["grpo", hashlib.sha256(weights).hexdigest(), rate, inspect.getsource(improve)]
     common.cached(teacher, key, lambda: improve(teacher, tok, rate), config.fresh)
     return teacher.to(device).requires_grad_(False)
@@ -258,8 +256,8 @@ def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
     """GRPO on the outcome alone, in place."""
     config = Config(prompts_per_step=8, group_size=8)  # fixed: the teacher ignores the student's flags
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
-    tool = flaky(common.TOOLS["calculator"], timeout_rate, rng)
-    optimizer = common.make_optimizer(model, config)
+    tool = flaky(CALCULATOR, timeout_rate, rng)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=0.0)
     for step in common.progress(range(steps), desc="GRPO for the teacher"):
         tasks = [common.chain_task(rng) for _ in range(config.prompts_per_step)]
         rollouts = common.rollout(model, tok, tasks, config.group_size, tool=tool,
@@ -277,17 +275,14 @@ def train(config: Config) -> dict:
     run = common.Run(config, "sod")
     student, tok = load_student(config, device)
     teacher = load_teacher(config, tok, device)
-    common.header("sod.py", config, student, device)
-
     rng, tool_rng = random.Random(config.seed), random.Random(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
-    optimizer = common.make_optimizer(student, config)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
     tool = flaky(common.TOOLS[config.tool], config.timeout_rate, tool_rng)
-    sampling = {k: getattr(config, k) for k in ("max_new_tokens", "max_turns", "thinking")}
 
     def measure():  # the same problems, dice and time-outs for every method
         still = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(0))
-        return common.evaluate(student, tok, held_out, tool=still, **sampling)
+        return common.evaluate(student, tok, held_out, tool=still, **config.sampling)
 
     first = run.track([student, optimizer], generator, rng, tool_rng)
     if not config.resume:
@@ -296,7 +291,7 @@ def train(config: Config) -> dict:
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
         rollouts = common.rollout(student, tok, tasks, config.group_size, tool=tool, generator=generator,
-                                  temperature=config.temperature, **sampling)
+                                  temperature=config.temperature, **config.sampling)
         common.rescore(student, rollouts, config)
         sampled = time.time()
 
@@ -330,9 +325,9 @@ def train(config: Config) -> dict:
 def compare(config: Config) -> None:
     """Every method from the same start, with the same prompts; mean and spread over seeds."""
     found = common.compared(train, config, {m: {"method": m} for m in config.methods}, "sod")
-    start, knows = next(iter(found.values()))[0], config.teacher_knows_timeouts
-    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; time-outs "
-          f"{config.timeout_rate}, known to the teacher: {knows}; standard error of one {start['se']:.3f}")
+    start = next(iter(found.values()))[0]
+    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; "
+          f"standard error of one {start['se']:.3f}")
     print(common.seed_table(found, {"accuracy_after": "T = 1", "accuracy_best": "best T = 1",
                                     "greedy_after": "greedy", "seconds_per_step": "seconds a step"}))
 
@@ -341,9 +336,8 @@ def compare(config: Config) -> None:
 def oracle(task: Task, turns: list[str], statuses: list[str]):
     """Yields for each turn: what stands before it, whether it is right, and the right turn (always known).
     'tool error': the last trouble was an error message or a time-out; 'silent error': a wrong call that was
-    answered without complaint; a right call that succeeds makes the prefix 'clean' again."""
-    text = task.messages[-1]["content"]
-    values, (_, _, steps) = common.chain_values(text), common.parse_chain(text)
+    answered; a right call that succeeds makes the prefix 'clean' again."""
+    values, _, steps = common.parse_chain(task.messages[-1]["content"])
     rights = [call_text(label, f"{value}{operation}{operand}")
               for value, (label, operation, operand) in zip(values, steps)] + [f"\\boxed{{{values[-1]}}}"]
     k, prefix = 0, "clean"
@@ -373,16 +367,13 @@ def teacher_is_right(teacher, tok, prefixes, rights, batch: int = 128) -> list[b
 
 def look(config: Config, count: int):
     """Before any training: teacher, tokenizer, problems, rollouts, the teacher's log-probs and entropies."""
-    device = common.setup(config)
-    _, tasks = common.load_tasks(config.data, count)
+    device, (_, tasks) = common.setup(config), common.load_tasks(config.data, count)
     student, tok = load_student(config, device)
-    teacher = load_teacher(config, tok, device)
+    teacher, generator = load_teacher(config, tok, device), torch.Generator(device).manual_seed(config.seed)
     tool = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(config.seed))
-    sampling = {k: getattr(config, k) for k in ("max_new_tokens", "max_turns", "temperature", "thinking")}
-    generator = torch.Generator(device).manual_seed(config.seed)
-    rollouts = common.rollout(student, tok, tasks, tool=tool, generator=generator, **sampling)
-    scores = common.score(teacher, rollouts, config.temperature, config.micro_batch)  # (B, T) each
-    return teacher, tok, tasks, rollouts, *scores
+    rollouts = common.rollout(student, tok, tasks, tool=tool, generator=generator,
+                              temperature=config.temperature, **config.sampling)
+    return teacher, tok, tasks, rollouts, *common.score(teacher, rollouts, config.temperature)
 
 
 def step_records(config: Config, count: int) -> list[dict]:
@@ -422,8 +413,7 @@ def cascade(config: Config, count: int = 500) -> None:
                                    for k in range(7))]
             for key, name in names.items() for group, members in groups.items()]
     sizes = ", ".join(f"{group}: {len(members)}" for group, members in groups.items())
-    print(f"\nby step, mean over trajectories ({sizes} of {count}; "
-          "clean = every call right, time-outs repeated)")
+    print(f"\nby step, mean over trajectories ({sizes} of {count}; clean = every call right)")
     print(common.table(rows, ["", *(f"step {k + 1}" for k in range(7))]))
     rows = []
     for prefix in ("clean", "tool error", "silent error"):
@@ -431,19 +421,17 @@ def cascade(config: Config, count: int = 500) -> None:
         rows.append([prefix, len(later), *(mean(key, later) for key in ("teacher", "right", "d", "H", "w"))])
     head = ["prefix", "steps", "teacher right", "student right", "d_k", "teacher entropy", "w_k"]
     print("\nby what stands before the step (steps 2, 3, ...)\n" + common.table(rows, head))
-    lengths = Counter(Counter(r["i"] for r in records).values())
-    print("\nsteps per trajectory: " + ", ".join(f"{k}: {n}" for k, n in sorted(lengths.items()))
-          + " (with one step, SOD is OPD)")
+    lengths = sorted(Counter(Counter(r["i"] for r in records).values()).items())
+    print("\nsteps per trajectory: " + ", ".join(f"{k}: {n}" for k, n in lengths))
 
 
 def explain(config: Config) -> None:
     """One rollout token by token: the distillation part (the outcome advantage would need a group)."""
     _, tok, tasks, rollouts, teacher_logps, teacher_entropy = look(config, 8)
-    status, steps = rollouts.tool_status, rollouts.steps
+    status, steps, rows = rollouts.tool_status, rollouts.steps, []
     i = max(range(len(tasks)), key=lambda j: len(set(status[j])) + len(steps[j]) / 100)  # an eventful one
     rule, _, _ = METHODS[config.method]
     weights = token_weights(rollouts.logps, teacher_logps, steps, status, rule, config.delta)   # (B, T)
-    rows = []
     for t in range(rollouts.prompt_length, len(rollouts.ids[i])):
         token = repr(tok.decode([int(rollouts.ids[i, t])]))[:34]
         s, q, h, w = (float(x[i, t]) for x in (rollouts.logps, teacher_logps, teacher_entropy, weights))
@@ -455,21 +443,11 @@ def explain(config: Config) -> None:
     print(common.table(rows, ["token", "", "student", "teacher", "entropy", "weight", "w(q-s)"]))
 
 
-@common.command
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
-    if config.timeout_rate > 1:
-        common.fail(f"--timeout_rate {config.timeout_rate} is no share; give a number from 0 to 1")
     if unknown := set(config.methods) - set(METHODS):
         common.fail(f"--methods {' '.join(sorted(unknown))}: unknown; choose from {', '.join(METHODS)}")
-    if config.cascade:
-        cascade(config)
-    elif config.explain:
-        explain(config)
-    elif config.compare:
-        compare(config)
-    else:
-        common.train_and_plot(config, train, "sod")
+    common.launch(config, "sod", train, cascade=cascade, explain=explain, compare=compare)
 
 
 if __name__ == "__main__":

@@ -72,10 +72,10 @@ class Config(common.Config):
     seeds: int = option(1, "seeds for --compare, from --seed on")
     explain: bool = option(False, "print one wrong rollout token by token, then stop")
 
-
-def learning_rate(config) -> float:
-    rates = LEARNING_RATES["tiny" if config.model == "tiny" else "real"]
-    return config.lr if config.lr is not None else rates.get(config.method, rates["srpo"])
+    @property
+    def rate(self) -> float:
+        rates = LEARNING_RATES["tiny" if self.model == "tiny" else "real"]
+        return self.lr if self.lr is not None else rates.get(self.method, rates["srpo"])
 
 
 # ------------------------------------------------------------------------------------ the equations
@@ -157,11 +157,9 @@ def teacher_messages(tok, tasks, rollouts, demos, config) -> dict[int, list[dict
 
 
 def response_batch(tok, messages: list, rollouts, rows: list[int], thinking: bool = False):
-    """[left-padded prompt | response, right-padded] -> ids, attention_mask, mask, (b, t) each.
-
-    For student and teacher alike, so that only the prompts differ. The response is made of the rollout's own
-    ids, never encoded anew: the k-th token under the mask is the same token for both.
-    """
+    """[left-padded prompt | response, right-padded] -> ids, attention_mask, mask, (b, t) each. For student
+    and teacher alike: the response is made of the rollout's own ids, never encoded anew, so the k-th token
+    under the mask is the same for both."""
     device, pad = rollouts.ids.device, tok.pad_token_id
     prompts = [common.prompt_ids(tok, m, thinking=thinking) for m in messages]
     responses = [rollouts.ids[i][rollouts.mask[i].bool()].tolist() for i in rows]
@@ -211,7 +209,7 @@ def divergences(student, teacher, hidden, teacher_hidden, temperature: float):
 
 def backward(student, teacher, tok, tasks, rollouts, reward, config) -> dict:
     """Routes a batch of rollouts by their reward (B,), leaves the gradient of L in the student, returns what
-    is to be logged. `signal`: does anything in the batch teach anything? If not, the caller must not step."""
+    is to be logged. `signal`: is there a gradient? If not, the caller must not step."""
     B, group_size, started = len(rollouts.ids), len(rollouts.ids) // len(tasks), time.time()
     demos = pick_demonstration(reward.tolist(), group_size)
     _, wanted, _ = route(reward, demos, config.method, config.distill)              # (B,)
@@ -270,10 +268,9 @@ def small_chain(rng) -> Task:
 
 def write_solution(rng, task: Task, long: bool, wrong: float = 0.0, snap_back: float = 0.0) -> str:
     """Two styles of equal reward: `A3+4=7, B7*5=5. \\boxed{5}` (long) and `A7, B5. \\boxed{5}` (terse)."""
-    text = task.messages[-1]["content"]
-    value, modulus, steps = common.parse_chain(text)
+    (value, *values), modulus, steps = common.parse_chain(task.messages[-1]["content"])
     parts = []
-    for (label, operation, operand), right in zip(steps, common.chain_values(text)[1:]):
+    for (label, operation, operand), right in zip(steps, values):
         result = common.APPLY[operation](value, operand) % modulus if rng.random() >= snap_back else right
         if rng.random() < wrong:
             result = rng.randrange(modulus)
@@ -311,16 +308,12 @@ def load_student(config, device):
     return common.fit_tiny("the base model", model, docs, FIT["steps"], fresh=config.fresh).to(device), tok
 
 
-def sampling(config) -> dict:
-    return {"max_new_tokens": config.max_new_tokens, "thinking": config.thinking}
-
-
 def gates(student, tok, tasks, config) -> dict:
     """Can this model read a solution? If not, its self-teacher is noise. Prints accuracies at T = 1."""
     generator = torch.Generator(student.device).manual_seed(4321)
 
     def attempt(tasks):
-        out = common.rollout(student, tok, tasks, config.group_size, generator=generator, **sampling(config))
+        out = common.rollout(student, tok, tasks, config.group_size, generator=generator, **config.sampling)
         return out, common.rewards(out, tasks).view(len(tasks), -1)                 # (tasks, group_size)
 
     rollouts, reward = attempt(tasks)
@@ -334,10 +327,7 @@ def gates(student, tok, tasks, config) -> dict:
             found[name] = float(attempt(asked)[1].mean())
     print(f"gates: student {found['student']:.2f} (0.2 to 0.5), groups with a success {found['groups']:.2f} "
           f"(0.6 or more)\n       teacher with a sibling's solution {found['sibling']:.2f} (0.8 or more), "
-          f"with another problem's {found['other']:.2f} (far less)")
-    if not (0.2 <= found["student"] <= 0.5 and found["groups"] >= 0.6
-            and found["sibling"] >= max(0.8, found["other"] + 0.2)):
-        print("warning: a gate failed; with this model on these problems a self-teacher has little to say")
+          f"with another problem's {found['other']:.2f} (far less); if not, it has little to say")
     return found
 
 
@@ -349,16 +339,15 @@ def train(config: Config) -> dict:
                                               config.prompts_per_step)
     run = common.Run(config, "srpo")
     student, tok = load_student(config, device)
-    common.header("srpo.py", config, student, device)
     # Storage of its own, else it would be the student. GRPO has no teacher.
     teacher = None if config.method == "grpo" else copy.deepcopy(student).requires_grad_(False)
-    optimizer, rng = common.make_optimizer(student, config), random.Random(config.seed)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
+    rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
 
     def measure():
-        return common.evaluate(student, tok, held_out, **sampling(config))
+        return common.evaluate(student, tok, held_out, **config.sampling)
 
-    first = run.track([student, optimizer] + [teacher] * (teacher is not None), generator, rng)
+    first = run.track([student, optimizer] + [teacher] * bool(teacher), generator, rng)
     if not config.resume:
         if config.gate_tasks:
             run.log({"gates": gates(student, tok, held_out[:config.gate_tasks], config)})
@@ -367,12 +356,12 @@ def train(config: Config) -> dict:
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
         rollouts = common.rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
-                                  generator=generator, **sampling(config))
+                                  generator=generator, **config.sampling)
         sampled = time.time()
         reward, norm = common.rewards(rollouts, tasks), 0.0                         # (B,)
         log = backward(student, teacher, tok, tasks, rollouts, reward, config)
         if log.pop("signal"):  # if not, not even Adam's momentum may move the student, and the teacher waits
-            norm = common.apply_gradients(student, optimizer, step, learning_rate(config))
+            norm = common.apply_gradients(student, optimizer, step, config.rate)
             if teacher is not None and math.isfinite(norm):
                 ema_update(teacher, student, config.ema)
         times = {"rollout_seconds": sampled - started, "teacher_seconds": log.pop("teacher_seconds")}
@@ -404,8 +393,7 @@ def trends(metrics) -> dict:
 def compare(config) -> None:
     """Every method from the same start on the same problems; mean and spread over --seeds seeds."""
     variants = {m: {"method": m} for m in ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix")}
-    rate = learning_rate(dataclasses.replace(config, method="srpo"))
-    variants["grpo, srpo's rate"] = {"method": "grpo", "lr": rate}
+    variants["grpo, srpo's rate"] = {"method": "grpo", "lr": dataclasses.replace(config, method="srpo").rate}
     found = common.compared(train, dataclasses.replace(config, gate_tasks=0), variants, "srpo")
     start = found["grpo"][0]
     print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy, length "
@@ -418,6 +406,7 @@ def compare(config) -> None:
         "seconds_per_step": "s/step"}))
 
 
+@torch.no_grad()
 def explain(config) -> None:
     """One wrong rollout with a correct sibling: what the teacher says about each of its tokens."""
     device = common.setup(config)
@@ -426,7 +415,7 @@ def explain(config) -> None:
     tasks = random.Random(config.seed).sample(tasks, config.prompts_per_step)
     generator = torch.Generator(device).manual_seed(config.seed)
     rollouts = common.rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
-                              generator=generator, **sampling(config))
+                              generator=generator, **config.sampling)
     reward = common.rewards(rollouts, tasks).tolist()
     demos = pick_demonstration(reward, config.group_size)
     messages = teacher_messages(tok, tasks, rollouts, demos, config)
@@ -435,10 +424,9 @@ def explain(config) -> None:
         common.fail(f"none of {len(tasks)} problems has right and wrong rollouts; take a larger --group_size")
     task, logps = tasks[row // config.group_size], []
     for prompt in (task.messages, messages[row]):  # at step 0 the teacher is the student
-        with torch.no_grad():
-            ids, attention, mask = response_batch(tok, [prompt], rollouts, [row], config.thinking)
-            hidden = common.hidden_at(student, ids, attention, mask)                # (n, H)
-            logits = common.lm_head(student.get_output_embeddings())(hidden)        # (n, V)
+        ids, attention, mask = response_batch(tok, [prompt], rollouts, [row], config.thinking)
+        hidden = common.hidden_at(student, ids, attention, mask)                    # (n, H)
+        logits = common.lm_head(student.get_output_embeddings())(hidden)            # (n, V)
         logps.append(F.log_softmax(logits / config.temperature, -1))
     (p, q), tokens = logps, ids[mask.bool()]
     h = common.entropy_of(q)                                                        # (n,)
@@ -452,18 +440,13 @@ def explain(config) -> None:
                        ["token", "teacher would say", "student p", "teacher p", "JSD", "H", "weight"]))
 
 
-@common.command
 def main(argv=None) -> None:
     config = common.parse(Config, argv)
     if config.ema > 1:
         common.fail(f"--ema {config.ema} is out of range; give a share from 0 to 1")
     if config.minibatches != 1:
-        common.fail("--minibatches must be 1: routing, weights and N belong to one update on the whole batch")
-    if config.explain:
-        return explain(config)
-    if config.compare:
-        return compare(config)
-    common.train_and_plot(config, train, "srpo")
+        common.fail("--minibatches must be 1: the weights and N belong to one update on the whole batch")
+    common.launch(config, "srpo", train, explain=explain, compare=compare)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import json
 import os
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -47,9 +48,10 @@ def timeless(folder) -> list[dict]:
 
 
 class Server:
-    """OpenAI-compatible, on the loopback device; `behave(body, count)` -> (status, text, finish reason)."""
+    """OpenAI-compatible, on the loopback device; `behave(body, count)` -> (status, text, finish reason). Text
+    in bytes is the whole reply; with `pause`, byte by byte, so many seconds apart."""
 
-    def __init__(self, behave):
+    def __init__(self, behave, headers=(), pause=0.0):
         self.requests, lock = [], threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -65,12 +67,15 @@ class Server:
                 good = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
                         "choices": [choice], "usage": usage}
                 reply = json.dumps(good if status == 200 else {"error": "no"}).encode()
+                reply = text if isinstance(text, bytes) else reply
                 try:
                     handler.send_response(status)
-                    handler.send_header("Content-Type", "application/json")
-                    handler.send_header("Content-Length", str(len(reply)))
+                    for name, value in [("Content-Length", str(len(reply))), *headers]:
+                        handler.send_header(name, value)
                     handler.end_headers()
-                    handler.wfile.write(reply)
+                    for i in range(0, len(reply), 1 if pause else len(reply)):
+                        time.sleep(pause)
+                        handler.wfile.write(reply[i:i + 1] if pause else reply)
                 except OSError:
                     pass  # the client has lost patience
 

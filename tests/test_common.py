@@ -25,6 +25,10 @@ def model(tok):
     return common.tiny_model(tok, seed=0).eval()
 
 
+def adamw(student):
+    return torch.optim.AdamW(student.parameters(), weight_decay=0.0)
+
+
 def ask(text):
     return Task([{"role": "user", "content": text}], "7")
 
@@ -50,8 +54,7 @@ def test_no_variance_or_one_rollout_gives_exactly_zero(rewards):
 def test_groups_do_not_mix_and_scale_does_not_matter():
     r = torch.tensor([1., 0., 0., 1., 1., 0.])
     a = common.group_advantages(r, 3)
-    each = [common.group_advantages(part, 3) for part in (r[:3], r[3:])]
-    assert torch.allclose(a, torch.cat(each))
+    assert torch.allclose(a, torch.cat([common.group_advantages(part, 3) for part in (r[:3], r[3:])]))
     assert torch.allclose(common.group_advantages(5 * r - 2, 3), a, atol=1e-4)
 
 
@@ -150,7 +153,7 @@ def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypa
 def test_update_without_signal_moves_nothing(tok, model):
     student = copy.deepcopy(model)
     config, rollouts = common.Config(), some_rollouts(student, tok)
-    optimizer = common.make_optimizer(student, config)
+    optimizer = adamw(student)
     ones, zeros = torch.ones(len(rollouts.ids), 1), torch.zeros(len(rollouts.ids), 1)
     common.update(student, optimizer, rollouts, ones, config, 9)  # fills Adam's momentum
     before = [p.clone() for p in student.parameters()]
@@ -160,7 +163,7 @@ def test_update_without_signal_moves_nothing(tok, model):
 
 def test_a_gradient_that_is_not_finite_is_skipped(tok, model):
     student = copy.deepcopy(model)
-    optimizer = common.make_optimizer(student, common.Config())
+    optimizer = adamw(student)
     before = [p.clone() for p in student.parameters()]
     (next(student.parameters()).sum() * math.nan).backward()
     assert math.isnan(common.apply_gradients(student, optimizer, 9, 1e-3))
@@ -176,58 +179,41 @@ def test_minibatches_reuse_the_frozen_log_probs(tok, model, monkeypatch):
         ratios.append(float(((logps - old_logps) * mask).abs().max().detach()))
         return real(logps, old_logps, advantages, mask, **how)
     monkeypatch.setattr(common, "policy_loss", spy)
-    optimizer, ones = common.make_optimizer(student, config), torch.ones(len(rollouts.ids), 1)
+    optimizer, ones = adamw(student), torch.ones(len(rollouts.ids), 1)
     common.update(student, optimizer, rollouts, ones, config, 9)
     assert ratios[0] < 1e-5 < ratios[1]
 
 
 # ----------------------------------------------------------------------------------------- rollouts
-class Script:
-    """Stands in for common.choose: hands each row its own ids, in order. The rollout asks in the order of its
-    batch and drops only rows that are done, which this class follows from the scripts."""
-
-    def __init__(self, scripts, glue):
-        self.scripts, self.at, self.rows = scripts, [0] * len(scripts), list(range(len(scripts)))
-        self.waiting, self.glue = [0] * len(scripts), glue  # glue(row, k): forced ids after its k-th sampled
-
-    def __call__(self, logits, temperature, generator):
-        if len(logits) < len(self.rows):
-            self.rows = [i for i in self.rows if self.waiting[i] or self.at[i] < len(self.scripts[i])]
-        assert len(logits) == len(self.rows)
-        chosen = [0] * len(self.rows)  # 0: is overruled by the queue, or the row is done
-        for j, i in enumerate(self.rows):
-            if self.waiting[i] or self.at[i] >= len(self.scripts[i]):
-                self.waiting[i] = max(0, self.waiting[i] - 1)
-            else:
-                chosen[j] = self.scripts[i][self.at[i]]
-                self.waiting[i] = self.glue(i, self.at[i])
-                self.at[i] += 1
-        token, logps = torch.tensor(chosen), torch.log_softmax(logits / temperature, -1)
-        return token, logps.gather(1, token[:, None])[:, 0], common.entropy_of(logps)
-
-
 def call(expression, name="calculator"):
     return f'<tool_call>\n{{"name": "{name}", "arguments": {{"expression": "{expression}"}}}}\n</tool_call>'
 
 
 def run_script(monkeypatch, tok, model, rows, **how):
-    """rows: per row a list of turns. Each is encoded and ended; tool answers are the real calculator's."""
-    end = common.end_of_turn(tok)
-    encoded = [[[*(t if isinstance(t, list) else common.encode(tok, t)), end] for t in turns]
-               for turns in rows]
-    flat = [[i for turn in turns for i in turn] for turns in encoded]
-    tool, glue = common.TOOLS["calculator"], {}
-    for r, turns in enumerate(rows):
-        position = -1
-        for k, turn in enumerate(turns):
-            position += len(encoded[r][k])
-            found = common.parse_tool_call(turn) if isinstance(turn, str) else None
-            if found and k + 1 < how.get("max_turns", 8):
-                glue[r, position] = len(common.tool_message_ids(tok, common.run_tools(tool, [found])[0][0]))
-    tasks = [ask(f"question {i} {'x' * i}") for i in range(len(rows))]
+    """rows: per row a list of turns. In place of common.choose, each row gets its own ids, in order."""
+    scripts = [[i for turn in turns for i in [*(turn if isinstance(turn, list) else common.encode(tok, turn)),
+                                              common.end_of_turn(tok)]] for turns in rows]
+    made, batch = [], []
+
+    class Row(common.Row):
+        def __init__(self):
+            super().__init__()
+            batch.append(len(made))
+            made.append(self)
+
+    def choose(logits, temperature, generator):
+        if len(logits) < len(batch):  # the rollout has dropped the rows that are done
+            batch[:] = [i for i in batch if not made[i].done]
+        token = torch.tensor([0 if made[i].queue or made[i].done else  # 0: overruled, or dropped
+                              scripts[i][sum(e[1] for e in made[i].response)] for i in batch])
+        logps = torch.log_softmax(logits / temperature, -1)
+        return token, logps.gather(1, token[:, None])[:, 0], common.entropy_of(logps)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "choose", Script(flat, lambda r, p: glue.get((r, p), 0)))
-        return common.rollout(model, tok, tasks, tool=tool, **{"max_new_tokens": 400, **how})
+        patch.setattr(common, "Row", Row)
+        patch.setattr(common, "choose", choose)
+        tasks = [ask(f"question {i} {'x' * i}") for i in range(len(rows))]
+        return common.rollout(model, tok, tasks, tool=common.TOOLS["calculator"],
+                              **{"max_new_tokens": 400, **how})
 
 
 def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
@@ -287,15 +273,13 @@ def test_pad_may_be_the_end_of_turn_token(tok, model):
     a, b = some_rollouts(model, tok, max_new_tokens=60), some_rollouts(model, same, max_new_tokens=60)
     assert torch.equal(a.mask, b.mask) and torch.equal(a.attention_mask, b.attention_mask)
     assert torch.allclose(a.logps, b.logps, atol=1e-5)
-    ended = a.finished.nonzero().flatten().tolist()
-    for i in ended:  # the sampled end-of-turn is trained
+    for i in a.finished.nonzero().flatten().tolist():  # the sampled end-of-turn is trained
         last = int(a.mask[i].nonzero()[-1])
         assert int(b.ids[i, last]) == common.end_of_turn(tok)
 
 
 def test_same_seed_same_rollouts_and_greedy_is_the_argmax(tok, model):
-    a, b = some_rollouts(model, tok), some_rollouts(model, tok)
-    assert torch.equal(a.ids, b.ids)
+    assert torch.equal(some_rollouts(model, tok).ids, some_rollouts(model, tok).ids)
     greedy = some_rollouts(model, tok, temperature=0.0)
     logits = model(input_ids=greedy.ids, attention_mask=greedy.attention_mask,
                    position_ids=common.positions(greedy.attention_mask)).logits
@@ -385,13 +369,11 @@ def test_python_tool():
     text, _ = run({"code": "print('a' * 500 + 'b' * 500)"})
     assert len(text) == 273 and text.startswith("a" * 128 + "...") and text.endswith("b" * 128)
     assert run({"code": "import os; print(sorted(os.environ))"})[0] in ("[]", "['LC_CTYPE']")
-    assert run({"code": "input()"})[1] == "error"
-    assert run({"code": ""}) == ("(no output)", "ok")
+    assert run({"code": "input()"})[1] == "error" and run({"code": ""}) == ("(no output)", "ok")
 
 
 def test_python_tool_kills_what_is_left_running(tmp_path):
-    started = time.time()
-    mark = tmp_path / "mark"
+    started, mark = time.time(), tmp_path / "mark"
     code = ("import os, time\nif os.fork() == 0:\n    time.sleep(3)\n"
             f"    open({str(mark)!r}, 'w')\nwhile True: pass")
     assert common.run_python({"code": code}, seconds=1.0) == ("error: timed out", "timeout")
@@ -402,11 +384,8 @@ def test_python_tool_kills_what_is_left_running(tmp_path):
 
 def test_parse_tool_call():
     assert common.parse_tool_call(call("1+1")) == {"name": "calculator", "arguments": {"expression": "1+1"}}
-    for bad in ("", "<tool_call>", "<tool_call>{}</tool_call>",
-                '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
-                '<tool_call>{"name": "a", "arguments": "b"}</tool_call>', "<tool_call>[1]</tool_call>",
-                "<tool_call>" + "[" * 100000 + "</tool_call>"):
-        assert common.parse_tool_call(bad) is None
+    for bad in ("", "{}", '{"name": 1, "arguments": {}}', '{"name": "a", "arguments": ""}', "[" * 99999):
+        assert common.parse_tool_call(f"<tool_call>{bad}</tool_call>") is None
 
 
 # --------------------------------------------------------------------------------- answers and data
@@ -427,59 +406,44 @@ def test_answers(text, answer, right):
 
 
 def test_chain_problems():
-    text = common.chain_task(random.Random(0)).messages[-1]["content"]
-    assert common.chain_values("Start with 3, work modulo 10: A-9, B*7, C-7. Put") == [3, 4, 8, 1]
+    assert common.parse_chain("Start with 3, work modulo 10: A-9, B*7, C-7. Put")[0] == [3, 4, 8, 1]
     train, held_out = common.load_tasks("chain", 50)
     texts = [{t.messages[0]["content"] for t in tasks} for tasks in (train, held_out)]
-    assert text and not texts[0] & texts[1] and len(held_out) == 50
+    assert not texts[0] & texts[1] and len(held_out) == 50
     assert all(common.is_correct(f"\\boxed{{{t.answer}}}", t.answer) for t in held_out)
 
 
-def write(path, text):
-    path.write_text(text)
-    return str(path)
-
-
 def test_real_formats(tmp_path):
+    def write(path, text):
+        path.write_text(text)
+        return str(path)
     rows = [{"question": f"q{i}", "answer": f"text\n#### {i}"} for i in range(3)]
     train, held = common.load_tasks(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n"), 1)
     assert {t.answer for t in train + held} == {"0", "1", "2"} and "\\boxed" in held[0].messages[0]["content"]
-    train, held = common.load_tasks(write(tmp_path / "a.json", json.dumps(rows)), 1)
-    assert len(train) == 2
-    choice = {"prompt": "Which?", "answer": "B", "system": "Answer in <answer>", "kind": "mcq", "tests": "-",
-              "embedding": []}
-    two = json.dumps(choice) + "\n" + json.dumps({**choice, "prompt": "?"})
+    choice = {"prompt": "Which?", "answer": 0, "system": "Answer in <answer>", "kind": "mcq", "tests": "-"}
+    two = json.dumps([choice, {**choice, "prompt": "?"}])
     train, held = common.load_tasks(write(tmp_path / "b.json", two), 1)
-    assert [m["role"] for m in train[0].messages] == ["system", "user"]
+    assert [m["role"] for m in train[0].messages] == ["system", "user"] and train[0].answer == "0"
     assert train[0].messages[1]["content"] in ("?", "Which?")
     train, _ = common.load_tasks(write(tmp_path / "c.csv", "problem,solution\n1+1,2\n2+2,4\n"), 1)
     assert train[0].answer in ("2", "4")
-    two = '{"question": "q1", "answer": 0}\n{"question": "q2", "answer": "$1,000"}\n'
-    train, _ = common.load_tasks(write(tmp_path / "d.jsonl", two), 1)
-    assert {t.messages[0]["content"][:2] for t in train} <= {"q1", "q2"}
 
 
-def test_bad_data_is_refused_in_one_sentence(tmp_path, refused, monkeypatch):
+GOOD = '{"question": "q", "answer": "1"}\n'
+
+
+@pytest.mark.parametrize("name, text, word", [
+    ("a.jsonl", GOOD + '{"question": "tru', "line 2"), ("a.jsonl", '{"foo": 1, "answer": "2"}\n', "'foo'"),
+    ("a.jsonl", GOOD + "3\n", "row 2"), ("a.jsonl", GOOD, "too few"), ("a.jsonl", "", "too few"),
+    ("a.json", '[\n{"question": "q"},\n{"question"\n]', "line 4"), ("a.jsonl", "\xe9", "utf-8"),
+    ("a.jsonl", '{"question": ["hi"], "answer": "1"}', "a text"), ("x.parquet", "none", "cannot read"),
+    ("a.csv", "foo,bar\n1,2\n", "'bar'"), ("", "", "cannot read"), ("notes.txt", "hi", "no network")])
+def test_bad_data_is_refused_in_one_sentence(name, text, word, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(common, "hub_reachable", lambda: False)
-
-    def why(name, text, *rest, **more):
-        path = tmp_path / name
-        path.write_bytes(text.encode()) if isinstance(text, str) else path.write_bytes(text)
-        return refused(common.load_tasks, str(path), *(rest or (1,)), **more)
-    good = '{"question": "q", "answer": "1"}\n'
-    assert "line 2" in why("a.jsonl", good + '{"question": "tru')
-    assert "'foo'" in why("b.jsonl", '{"foo": 1, "answer": "2"}\n')
-    assert "row 2" in why("c.jsonl", good + "3\n")
-    assert "too few" in why("d.jsonl", good) and "too few" in why("e.jsonl", "")
-    assert "line 4" in why("f.json", '[\n{"question": "q"},\n{"question"\n]')
-    assert "utf-8" in why("g.jsonl", "{}\n\xe9".encode("latin-1"))
-    assert "a text" in why("m.jsonl", '{"question": ["hi"], "answer": "1"}')
-    few = "".join(good.replace('"q"', f'"q{i}"') for i in range(20))
-    assert "--prompts_per_step" in why("few.jsonl", few, 10, a_step=16)
-    assert "cannot read" in why("x.parquet", "no parquet") and "'bar'" in why("h.csv", "foo,bar\n1,2\n")
-    (tmp_path / "folder.jsonl").mkdir()
-    for source in ("folder.jsonl", "missing.jsonl", "missing.csv", "notes.txt"):
-        assert "cannot read" in refused(common.load_tasks, str(tmp_path / source), 1)
+    path = tmp_path / (name or "missing.jsonl")
+    if name:
+        path.write_bytes(text.encode("latin-1"))
+    assert word in refused(common.load_tasks, str(path), 1)
 
 
 def test_without_a_network_one_sentence_at_once(tmp_path, refused, monkeypatch):
@@ -497,7 +461,7 @@ def test_without_a_network_one_sentence_at_once(tmp_path, refused, monkeypatch):
     (["--nonsense", "1"], "--nonsense"), (["--step", "3"], "--step"), (["--steps", "many"], "many"),
     (["--steps", "-1"], "-1"), (["--group_size", "0"], "group_size"), (["--temperature", "0"], "temperature"),
     (["--method", "ppo"], "ppo"), (["--resume", "--overwrite"], "--resume"),
-    (["--minibatches", "3"], "minibatches"), (["--lr", "nan"], "lr"),
+    (["--lr", "nan"], "lr"),
     (["--device", "abacus"], "abacus")])
 def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
     assert word in refused(lambda: common.setup(common.parse(common.Config, argv)))
@@ -520,10 +484,8 @@ def test_evaluate(monkeypatch, tok, model):
 # ------------------------------------------------------------------------------ models, cache, runs
 def fitted(tok, **how):
     rng = random.Random(5)
-    tasks = [common.small_chain(rng) for _ in range(64)]
-    docs = [common.demonstration(tok, t, common.worked_solution(rng, t)) for t in tasks]
-    model = common.tiny_model(tok, seed=3, hidden_size=32)
-    return common.fit_tiny("a test model", model, docs, steps=10, **how)
+    docs = [common.demonstration(tok, common.small_chain(rng), "\\boxed{1}") for _ in range(64)]
+    return common.fit_tiny("a test model", common.tiny_model(tok, 3, 32), docs, steps=10, **how)
 
 
 def test_cache_hit_and_fresh(tok, tmp_path, monkeypatch):
@@ -532,11 +494,10 @@ def test_cache_hit_and_fresh(tok, tmp_path, monkeypatch):
     assert all(p.grad is None for p in first.parameters())  # nothing may leak into the training that follows
     path, = (tmp_path / "four-papers").iterdir()
     stamp = path.stat().st_mtime_ns
-    second = fitted(tok)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), fitted(tok).parameters()))
     assert path.stat().st_mtime_ns == stamp
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     fitted(tok, fresh=True)
-    assert path.stat().st_mtime_ns > stamp and len(list((tmp_path / "four-papers").iterdir())) == 1
+    assert path.stat().st_mtime_ns > stamp
 
 
 def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
@@ -544,9 +505,8 @@ def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
     tok.save_pretrained(tmp_path)
     loaded, loaded_tok = common.load_model(str(tmp_path), "cpu")
     common.check_same_tokenizer(tok, loaded_tok)
-    messages = ask("Start with 1, work modulo 10: A+1.").messages
-    assert common.prompt_ids(loaded_tok, messages, common.TOOLS["calculator"]) == common.prompt_ids(
-        tok, messages, common.TOOLS["calculator"])
+    messages, tool = ask("Start with 1, work modulo 10: A+1.").messages, common.TOOLS["calculator"]
+    assert common.prompt_ids(loaded_tok, messages, tool) == common.prompt_ids(tok, messages, tool)
     ids = torch.tensor([common.prompt_ids(tok, messages)])
     assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
 
@@ -568,37 +528,27 @@ def test_resume_equals_never_stopped_and_nothing_is_lost(tmp_path, refused):
     assert a["accuracy_after"] == b["accuracy_after"] and a["accuracy_best"] == b["accuracy_best"]
     for x, y in zip(*(common.load_model(str(f / "model"), "cpu")[0].parameters() for f in (whole, parts))):
         assert torch.equal(x, y)
-    assert "exists" in refused(common.main, ["--out", str(parts), *SMALL])
-    assert "no checkpoint" in refused(common.main, ["--resume", "--out", str(tmp_path / "none"), *SMALL])
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    mine = ["--overwrite", "--out", str(tmp_path / "mine"), *SMALL]
-    assert "does not look like a run" in refused(common.main, mine)
-    before = sorted(str(f) for f in parts.rglob("*"))  # a start that fails on its input destroys nothing
-    refused(common.main, ["--overwrite", "--out", str(parts), "--data", str(tmp_path / "none.jsonl"), *SMALL])
-    assert sorted(str(f) for f in parts.rglob("*")) == before
-    refused(common.main, ["--out", str(whole / "summary.json" / "x"), *SMALL])
+    before = sorted(str(f) for f in tmp_path.rglob("*"))
+    for flags, word in ((["--out", str(parts)], "exists"), (["--resume", "--out", "none"], "no checkpoint"),
+                        (["--overwrite", "--out", str(tmp_path)], "exists"),  # it is no run
+                        (["--overwrite", "--out", str(parts), "--data", "none.jsonl"], "cannot read"),
+                        (["--out", str(whole / "summary.json" / "x")], "Not a directory")):
+        assert word in refused(common.main, [*flags, *SMALL])  # and nothing is destroyed
+    assert sorted(str(f) for f in tmp_path.rglob("*")) == before
     common.main(["--plot", str(tmp_path / "a.png"), str(whole), str(parts)])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_last_evaluation_runs_once(tmp_path, monkeypatch):
-    calls, real = [], common.evaluate
-    monkeypatch.setattr(common, "evaluate", lambda *a, **k: calls.append(1) or real(*a, **k))
-    common.main(["--steps", "2", "--eval_every", "1", "--out", str(tmp_path / "run"), *SMALL])
-    assert len(calls) == 3  # before, after step 1, after step 2, which is the last
+@dataclasses.dataclass
+class Compare(common.Config):
+    seeds: int = 2
 
 
 def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
     """Finished cells are taken, a cell in the middle goes on; the table is that of an uninterrupted run."""
     variants, trained = {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}}, []
 
-    @dataclasses.dataclass
-    class Config(common.Config):
-        seeds: int = 2
-        compare: bool = True
-
-    def compare(out, steps, stop=None, **flags):
+    def compare(out, stop=None, **flags):
         def train(cell):
             if len(trained) == stop:  # dies in the middle of this cell, after its checkpoint
                 common.train(dataclasses.replace(cell, steps=1))
@@ -606,23 +556,23 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
                 raise KeyboardInterrupt
             trained.append(common.Path(cell.out).name)
             return common.train(cell)
-        config = Config(steps=steps, prompts_per_step=2, group_size=4, eval_tasks=20, save_every=1,
-                        out=str(tmp_path / out), **flags)
+        config = Compare(steps=3, prompts_per_step=2, group_size=4, eval_tasks=20, save_every=1,
+                         out=str(tmp_path / out), **flags)
         return common.seed_table(common.compared(train, config, variants, "x"), {"accuracy_after": "T = 1"})
 
-    whole = compare("whole", 3)
+    whole = compare("whole")
     trained.clear()
     with pytest.raises(KeyboardInterrupt):
-        compare("parts", 3, stop=1)
+        compare("parts", stop=1)
     capsys.readouterr()
-    assert compare("parts", 3) == whole
+    assert compare("parts") == whole
     assert trained == ["low-s0", "a-high-rate-s0", "low-s1", "a-high-rate-s1"]
     out = capsys.readouterr().out
     assert out.count("taken from") == 1 and out.count("step 1/3") == 2 and out.count("step 2/3") == 3
     for name in trained:
         assert timeless(tmp_path / "whole" / name) == timeless(tmp_path / "parts" / name)
     trained.clear()
-    compare("parts", 3, seeds=1, overwrite=True)
+    compare("parts", seeds=1, overwrite=True)
     assert trained == ["low-s0", "a-high-rate-s0"]
 
 
@@ -633,7 +583,9 @@ def test_seed_table():
 
 
 def test_ctrl_c_ends_the_step_and_saves(tmp_path, capsys, monkeypatch):
-    flags, step = ["--save_every", "0", "--steps", "3", *SMALL], common.Run.step
+    flags, step = ["--save_every", "0", "--steps", "3", "--eval_every", "3", *SMALL], common.Run.step
+    calls, evaluate = [], common.evaluate
+    monkeypatch.setattr(common, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
 
     def interrupted(run, number, *rest, **more):
         step(run, number, *rest, **more)
@@ -643,23 +595,19 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         common.main([*flags, "--out", str(tmp_path / "a")])
     assert stop.value.code == 130 and "stopped after step 2" in capsys.readouterr().out
-    monkeypatch.undo()
+    monkeypatch.setattr(common.Run, "step", step)
     common.main([*flags, "--out", str(tmp_path / "a"), "--resume"])
+    assert len(calls) == 2  # before, and after step 3, which is also the last evaluation
     common.main([*flags, "--out", str(tmp_path / "b")])
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
 
 
-def test_what_may_happen_at_any_time_is_one_sentence(refused):
-    def raising(error):
-        @common.command
-        def main(argv=None):
-            raise error
-        return main
-    assert "--micro_batch" in refused(raising(torch.OutOfMemoryError("CUDA out of memory.\nTried to ...")))
-    assert "No space left" in refused(raising(OSError(28, "No space left\non device", "x")))
-    with pytest.raises(SystemExit) as stop:
-        raising(KeyboardInterrupt())()
-    assert stop.value.code == 130
+@pytest.mark.parametrize("error, word", [(torch.OutOfMemoryError("CUDA out of\nmemory."), "--micro_batch"),
+                                         (OSError(28, "No space left\non device", "x"), "No space left")])
+def test_what_may_happen_at_any_time_is_one_sentence(error, word, refused):
+    def train(config):
+        raise error
+    assert word in refused(common.launch, common.Config(), "x", train)
 
 
 def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, tok, model):
@@ -688,7 +636,5 @@ def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, tok, model):
 
 
 def test_grpo_learns(tmp_path):
-    config = common.parse(common.Config, ["--steps", "25", "--eval_tasks", "100", "--show_every", "0",
-                                          "--out", str(tmp_path / "run")])
-    summary = common.train(config)
+    summary = common.train(common.Config(steps=25, eval_tasks=100, show_every=0, out=str(tmp_path / "run")))
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.05

@@ -38,11 +38,6 @@ def test_step_weights(d, w):
     assert sod.step_weights(d) == pytest.approx(w, rel=1e-4)
 
 
-def test_step_weights_with_other_caps():
-    assert sod.step_weights([.4, .2, .8], delta=.5) == pytest.approx([1, 1.5, .5000006], rel=1e-5)
-    assert sod.no_cap([.4, .1, .4], 3, .2) == pytest.approx([1, 3.99997, 1], rel=1e-5)
-
-
 def test_the_product_telescopes_and_has_no_memory():
     rng = random.Random(0)
     for _ in range(200):
@@ -54,7 +49,9 @@ def test_the_product_telescopes_and_has_no_memory():
         assert sod.step_weights([d[i] for i in order]) == pytest.approx([w[i] for i in order], rel=1e-9)
 
 
-def test_ablation_weights():
+def test_other_caps_and_ablation_weights():
+    assert sod.step_weights([.4, .2, .8], delta=.5) == pytest.approx([1, 1.5, .5000006], rel=1e-5)
+    assert sod.no_cap([.4, .1, .4], 3, .2) == pytest.approx([1, 3.99997, 1], rel=1e-5)
     d = [.1, .2, .3, .4, .5, .6]
     assert sod.decay(d, 1, .2) == pytest.approx([1, 1, .9, .81, .729, .6561])
     assert sod.mask_after_error(d, 1, .2) == [1, 1, 0, 0, 0, 0]
@@ -197,8 +194,7 @@ def run(folder, *flags):
 @pytest.mark.parametrize("method", list(sod.METHODS))
 def test_every_method_runs(method, tmp_path):
     summary = run(tmp_path / "run", "--method", method)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    steps = [line for line in lines if '"eval"' not in line]
+    steps = [r for r in timeless(tmp_path / "run") if "eval" not in r]
     assert summary["method"] == method and len(steps) == (0 if method == "sft" else 2)
     assert summary["accuracy_before"] == summary["accuracy_after"] or method != "sft"
 
@@ -219,8 +215,7 @@ def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch):
 
 
 def test_sod_learns(tmp_path):
-    summary = sod.train(common.parse(sod.Config, ["--steps", "40", "--eval_tasks", "150", "--show_every", "0",
-                                                  "--out", str(tmp_path / "run")]))
+    summary = sod.train(sod.Config(steps=40, eval_tasks=150, show_every=0, out=str(tmp_path / "run")))
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
 
 
@@ -241,15 +236,13 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
     other = common.build_tokenizer(["a phrase of its own"])
     common.tiny_model(other, 0).save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    for flag, out in (("--teacher", "a"), ("--model", "b")):
-        argv = [flag, str(tmp_path / "other"), "--out", str(tmp_path / out), *SMALL]
-        assert "different tokenizers" in refused(sod.main, argv)
-    assert "No such file" in refused(sod.main, ["--data", "nothing.jsonl", "--out", str(tmp_path / "c")])
-    assert "timeout_rate" in refused(sod.main, ["--timeout_rate", "1.5"])
-    assert "--compare and --explain" in refused(sod.main, ["--explain", "--compare"])
-    (tmp_path / "d.jsonl").write_text('{"question": "1+1", "answer": "2"}\n' * 3)
-    assert "chain only" in refused(sod.main, ["--cascade", "--data", str(tmp_path / "d.jsonl")])
-    assert not list(tmp_path.glob("*/summary.json"))
+    for flags, word in ((["--teacher", str(tmp_path / "other")], "different tokenizers"),
+                        (["--model", str(tmp_path / "other")], "different tokenizers"),
+                        (["--data", "nothing.jsonl"], "No such file"), (["--timeout_rate", "-1"], "timeout"),
+                        (["--explain", "--compare"], "--compare and --explain"),
+                        (["--cascade", "--data", "nothing.jsonl"], "chain only")):
+        assert word in refused(sod.main, [*flags, "--out", str(tmp_path / "run"), *SMALL])
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_users_command(tmp_path):
