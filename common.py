@@ -623,7 +623,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
     cache = DynamicCache(config=model.config)
     with autocast(model):  # each distinct prompt is read once, then its cache is copied to the whole group
         logits = model(input_ids=ids, attention_mask=attention, position_ids=positions(attention),
-                       past_key_values=cache, logits_to_keep=1).logits[:, -1]               # (tasks, V)
+                       cache=cache, logits_to_keep=1).logits[:, -1]               # (tasks, V)
     cache.batch_repeat_interleave(group_size)
     logits, attention = logits.repeat_interleave(group_size, 0), attention.repeat_interleave(group_size, 0)
     rows = [Row() for _ in range(len(tasks) * group_size)]
@@ -656,7 +656,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
             token, attention, batch = token[index], attention[index], [batch[j] for j in keep]
         attention = torch.cat([attention, attention.new_ones(len(batch), 1)], 1)
         with autocast(model):
-            logits = model(input_ids=token[:, None], attention_mask=attention, past_key_values=cache,
+            logits = model(input_ids=token[:, None], attention_mask=attention, cache=cache,
                            position_ids=positions(attention)[:, -1:]).logits[:, -1]         # (n, V)
 
 
