@@ -1,0 +1,260 @@
+"""dcpm.py on LoCoMo, LongMemEval and PersonaMem: evidence recall, and with a model answers.
+
+    python tests/bench_dcpm_corpora.py --data locomo10.json [--sample conv-26] [--sessions 5] [--encoder DIR]
+    python tests/bench_dcpm_corpora.py --data contexts.jsonl --backend llm --model DIR --ask 9 --conditions
+
+The format is detected. Recall is the share of a question's evidence turns among the first 5, 10 and 20.
+"""
+import ast
+import csv
+import json
+import random
+import re
+import sys
+from collections import Counter, namedtuple
+from datetime import date, datetime, timedelta
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dcpm
+from bench_dcpm import bm25_scorer, tfidf_scorer, within
+
+CONDITIONS = ("raw turns", "System1", "System1+2")
+# gold: refs of evidence turns, for the scorer only; end: how many turns exist when the question is asked
+Question = namedtuple("Question", "text kind gold answer now options end", defaults=((), 10 ** 9))
+Sample = namedtuple("Sample", "name turns questions")  # turns: [(ref, session, speaker, text, ISO time)]
+CATEGORY = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
+
+
+# ------------------------------------------------------------------ four formats
+def stamp(text):
+    """"1:56 pm on 8 May, 2023" or "2023/05/30 (Tue) 23:40" -> "2023-05-08T13:56"."""
+    form = "%Y/%m/%d (%a) %H:%M" if "/" in text else "%I:%M %p on %d %B, %Y"
+    return datetime.strptime(text, form).isoformat()[:16]
+
+
+def load_locomo(rows, _):
+    """Known malformations: dates without turns, answers missing or integer, evidence "D8:6; D9:17" or "D"."""
+    for item in rows:
+        turns, questions, talk = [], [], item["conversation"]
+        for n in sorted(int(k[8:]) for k, v in talk.items() if re.fullmatch(r"session_\d+", k) and v):
+            when = stamp(talk[f"session_{n}_date_time"])
+            for turn in talk[f"session_{n}"]:
+                picture = f" [shares {turn['blip_caption']}]" if turn.get("blip_caption") else ""
+                turns.append((turn["dia_id"], f"s{n}", turn["speaker"], turn.get("text", "") + picture, when))
+        for q in item["qa"]:
+            found = re.findall(r"D:?(\d+):(\d+)", " ".join(map(str, q.get("evidence") or [])))
+            questions.append(Question(
+                q["question"], CATEGORY[q["category"]], {f"D{int(a)}:{int(b)}" for a, b in found},
+                str(q.get("answer", "")), turns[-1][4]))
+        yield Sample(item["sample_id"], turns, questions)
+
+
+def load_longmemeval(rows, _):
+    """One haystack a question; sessions are put in order of their dates (the oracle file is not)."""
+    for item in rows:
+        turns, gold = [], set()
+        sessions = zip(item["haystack_session_ids"], item["haystack_dates"], item["haystack_sessions"])
+        for n, (name, when, messages) in enumerate(sorted(sessions, key=lambda s: stamp(s[1]))):
+            for i, m in enumerate(messages):
+                turns.append((f"{name}#{n}:{i}", f"{name}#{n}", m["role"], m["content"], stamp(when)))
+                gold |= {turns[-1][0]} if m.get("has_answer") else set()
+        kind = item["question_type"] + ("_abs" if item["question_id"].endswith("_abs") else "")
+        asked = Question(item["question"], kind, gold, str(item["answer"]), stamp(item["question_date"]))
+        yield Sample(item["question_id"], turns, [asked])
+
+
+def load_personamem(path, questions_path):
+    """Contexts are cut at the end index. System messages hold the persona, and with it answers: left out."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with open(questions_path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for name, messages in (pair for line in lines for pair in json.loads(line).items()):
+        turns, upto, block = [], [0], 0
+        for m in messages:
+            block += m["role"] == "system"
+            if m["role"] != "system":
+                text = re.sub(r"^(?:User|Assistant): ", "", m["content"])
+                day = (date(2024, 1, 1) + timedelta(30 * block)).isoformat()  # the corpus has no dates
+                turns.append((str(len(turns)), f"block {block}", m["role"], text, day))
+            upto.append(len(turns))
+        yield Sample(name[:8], turns, [Question(
+            r["user_question_or_message"], r["question_type"], set(), r["correct_answer"].strip("() "),
+            turns[-1][4], ast.literal_eval(r["all_options"]),
+            upto[min(int(r["end_index_in_shared_context"]), len(messages))])
+            for r in rows if r["shared_context_id"] == name])
+
+
+def load_personamem_v2(rows, folder):
+    """The linked 32k history if it lies beside the file, else the related snippet (an oracle: it says so)."""
+    for number, row in enumerate(rows):
+        link = folder / row["chat_history_32k_link"]
+        whole = json.loads(link.read_text(encoding="utf-8"))["chat_history"] if link.is_file() else None
+        messages = [m for m in whole or json.loads(row["related_conversation_snippet"])
+                    if m["role"] != "system" and isinstance(m["content"], str)]
+        turns = [(str(i), "s1", m["role"], m["content"], "2024-01-01") for i, m in enumerate(messages)]
+        options = [row["correct_answer"], *json.loads(row["incorrect_answers"])]
+        random.Random(number).shuffle(options)  # the official order depends on Python's string hash
+        asked = Question(ast.literal_eval(row["user_query"])["content"], row["pref_type"], set(),
+                         "abcd"[options.index(row["correct_answer"])], "2024-01-02",
+                         [f"({x}) {o}" for x, o in zip("abcd", options)])
+        yield Sample(f"persona {row['persona_id']}" + ("" if whole else " (snippet only)"), turns, [asked])
+
+
+def load_corpus(path, questions=""):
+    """File -> list of samples; the format is detected from the first record."""
+    guess = Path(questions or path.with_name(re.sub("(shared_)?contexts?", "questions", path.stem) + ".csv"))
+    try:
+        if path.suffix == ".jsonl":
+            return list(load_personamem(path, guess))
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = rows if isinstance(rows, list) else [rows]
+        for column, load in (("conversation", load_locomo), ("haystack_sessions", load_longmemeval),
+                             ("related_conversation_snippet", load_personamem_v2)):
+            if column in rows[0]:
+                return list(load(rows, path.parent))
+        raise ValueError(f"no known format, it has {sorted(rows[0])[:8]}")
+    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, csv.Error, OSError) as error:
+        raise dcpm.DcpmError(f"--data {path}: {type(error).__name__}: {error}") from error
+
+
+# ------------------------------------------------------------------ measures
+def evidence_recall(sample, memory):
+    """[(kind of question, ranker, [recall@5, @10, @20])], without questions that mark no evidence."""
+    refs, texts, out = [ref for ref, *_ in sample.turns], [text for *_, text, _ in sample.turns], []
+    if asked := [(q, q.gold & {*refs}) for q in sample.questions if q.gold & {*refs}]:
+        back, tfidf, bm25 = dict(zip(memory.turns, refs)), tfidf_scorer(texts), bm25_scorer(texts)
+    for q, gold in asked:
+        order = {"TF-IDF": [refs[i] for i in np.argsort(-tfidf(q.text), kind="stable")],
+                 "BM25": [refs[i] for i in np.argsort(-bm25(q.text), kind="stable")],
+                 "DCPM": [back[id_] for _, id_ in dcpm.search(memory, q.text) if id_ in back]}
+        out += [(q.kind, name, [len(gold & {*best[:k]}) / len(gold) for k in (5, 10, 20)])
+                for name, best in order.items()]
+    return out
+
+
+def print_table(title, rows):
+    """rows: [(kind of question, column, figure or figures)], averaged by kind."""
+    if not rows:
+        return print(f"\n{title}: nothing to measure")
+    columns = dict.fromkeys(column for _, column, _ in rows)
+    print(f"\n{title:59}" + "".join(f"{column:^19}" for column in columns))
+    for kind in [*dict.fromkeys(kind for kind, *_ in rows), "all questions"]:
+        cells = [[v for k, c, v in rows if c == col and kind in (k, "all questions")] for col in columns]
+        means = [" ".join(f"{x:.3f}" for x in np.atleast_1d(np.mean(values, 0))) for values in cells]
+        print(f"  {kind:42} {len(cells[0]):4} questions" + "".join(f"{mean:^19}" for mean in means))
+
+
+# ------------------------------------------------------------------ answers
+def context(memory, q, name, budget=800):
+    """What a condition shows the model."""
+    if name != "raw turns":
+        return memory.recall(q.text, q.now, budget, schemas=name == "System1+2").text
+    turns = [memory.turns[id_] for _, id_ in dcpm.search(memory, q.text) if id_ in memory.turns]
+    lines = within([dcpm.Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t) for t in turns], budget)
+    return "\n".join(map(str, sorted(lines, key=lambda line: (line.t, int(line.id[1:])))))
+
+
+def answers(memory, q, conditions):
+    """One reply a condition, all in one batch; "" where the model gave none."""
+    asked = "\n".join([q.text, *q.options, "End with the letter."] if q.options else [q.text])
+    replies = memory.backend.chat([[{"role": "user", "content": dcpm.ANSWER.format(
+        context=context(memory, q, name) or "(nothing)", question=asked)}] for name in conditions])
+    memory.backend.calls += len(conditions)
+    memory.backend.failures["answer"] += sum(not reply for reply in replies)
+    return [reply or "" for reply in replies]
+
+
+def token_f1(answer, gold):
+    """F1 over stemmed tokens without articles and punctuation (the benchmark's stemmer is Porter's)."""
+    same = (Counter(a := tokens(answer)) & Counter(g := tokens(gold))).total()
+    return 2 * same / (len(a) + len(g)) if same else 0.0
+
+
+def tokens(text):
+    return [dcpm.stem(w) for w in re.findall(r"\w+", text.lower()) if w not in ("a", "an", "the", "and")]
+
+
+def score_answer(reply, q):
+    """The benchmark's own metric; for LongMemEval containment, a stand-in for its judge."""
+    if q.options:
+        found = re.findall(r"\(([a-d])\)", reply.lower()) or re.findall(r"\b([a-d])\b", reply.lower())
+        return float({*found} == {q.answer})
+    if q.kind == "adversarial" or q.kind.endswith("_abs"):
+        return float(bool(re.search(r"no information|not mentioned|not known|don't know", reply, re.I)))
+    if q.kind == "multi-hop":
+        parts = q.answer.split(",")
+        return sum(max(token_f1(said, part) for said in reply.split(",")) for part in parts) / len(parts)
+    if q.kind in CATEGORY.values():
+        return token_f1(reply, q.answer.split(";")[0] if q.kind == "open-domain" else q.answer)
+    said, wanted = (" ".join(["", *tokens(t), ""]) for t in (reply, q.answer))
+    return float(wanted in said)
+
+
+# ------------------------------------------------------------------ the command
+def ingest(sample, memory, last):
+    """Turns up to `last`, in portions of one session and at most 16 turns, with a progress bar."""
+    turns = tqdm(sample.turns[len(memory.turns):last], sample.name, leave=False, disable=None)
+    for _, said in groupby(enumerate(turns), lambda pair: (pair[1][1], pair[0] // 16)):
+        memory.ingest([(text, when, session, speaker) for _, (_, session, speaker, text, when) in said])
+
+
+def evaluate(sample, memory, ask, conditions):
+    """Ask `ask` questions, each when its time has come; ingest the rest. -> [(kind, condition, score)]."""
+    scores, n = [], len(sample.turns)
+    for q in sorted(sample.questions, key=lambda q: q.end)[:ask]:
+        if min(q.end, n) > len(memory.turns):
+            ingest(sample, memory, min(q.end, n))
+            memory.sleep(q.now)
+        replies = answers(memory, q, conditions)
+        scores += [(q.kind, name, score_answer(reply, q)) for name, reply in zip(conditions, replies)]
+    ingest(sample, memory, n)
+    return scores
+
+
+def run(args):
+    samples = [s for s in load_corpus(Path(args.data), args.questions) if args.sample in ("", s.name)]
+    if not samples:
+        raise dcpm.DcpmError(f"--sample {args.sample}: {args.data} has no such sample")
+    found, scores, conditions = [], [], CONDITIONS if args.conditions else CONDITIONS[-1:]
+    make = dcpm.make_memory(args)
+    for sample in samples:
+        keep = list(dict.fromkeys(session for _, session, *_ in sample.turns))[:args.sessions or None]
+        sample, memory = sample._replace(turns=[turn for turn in sample.turns if turn[1] in keep]), make()
+        left = max(0, args.ask - len(scores) // len(conditions)) if args.model else 0
+        scores += evaluate(sample, memory, left, conditions)
+        found += evidence_recall(sample, memory)
+        slots = sum(b.slot[1] not in ("event", "maybe") for b in memory.beliefs.values())
+        sizes = map(len, (memory.turns, memory.beliefs, memory.schemas, memory.cores))
+        print("{}: {} turns, {} beliefs, {} schemas, {} cores,".format(sample.name, *sizes), slots, "slots")
+    print_table("evidence recall @5 @10 @20", found)
+    if args.model:
+        print_table("answers (LongMemEval: containment of the gold answer)", scores)
+        print(f"{memory.backend.calls} model calls, failures {dict(+memory.backend.failures)}")
+
+
+def main(argv=None):
+    parser = dcpm.memory_parser(__doc__.split("\n")[0])
+    for flag, default, text in (
+            ("data", "", "a LoCoMo, LongMemEval or PersonaMem file"),
+            ("questions", "", "PersonaMem: the questions csv (looked for beside --data)"),
+            ("sample", "", "only the sample of this name, e.g. conv-26"),
+            ("sessions", 0, "only the first N sessions of each sample (0 = all)"),
+            ("ask", 100000, "llm: answer at most N questions")):
+        parser.add_argument(f"--{flag}", type=type(default), default=default, help=text)
+    parser.add_argument("--conditions", action="store_true", help="llm: raw turns and System1 alone as well")
+    args = parser.parse_args(argv)
+    if not args.data or min(args.sessions, args.ask) < 0:
+        dcpm.fail("--data FILE is needed; --sessions and --ask must be >= 0")
+    try:
+        run(args)
+    except (dcpm.DcpmError, OSError) as error:
+        dcpm.fail(error)
+
+
+if __name__ == "__main__":
+    main()
