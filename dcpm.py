@@ -1135,7 +1135,7 @@ alone | likes to do things alone | alone, by myself, on my own, solo, solitude, 
 nobody around, without company
 together | likes to do things with other people | together, with friend, group, invite, crowd, company of, \
 whole gang, team up, teamed up, everyone, joined by
-careful | is careful and avoids risk | careful, double check, safe, insurance, backup, spare, read the \
+careful | is careful and plays it safe | careful, double check, safe, insurance, backup, spare, read the \
 warning, just in case, cautious, helmet, twice before
 daring | is daring and takes risks | risk, dare, without looking, deep end, gamble, threw caution, bold, \
 thrill, adrenaline, dangerous, reckless, edge
@@ -1390,7 +1390,7 @@ STORY = """
 2024-02-03|I wrote an itinerary for the flight. I run alone.
 2024-02-17|I prepared the report weeks ahead. I wrote a checklist for the cake.
 2024-03-02|I moved to Berlin because Acme closed in Paris. I went to the gym by myself.
-2024-03-16|I booked the hotel in advance. I got a cheaper guitar. I had a list for the meeting. I have migraines.
+2024-03-16|I booked the hotel in advance. I got a cheaper guitar. I had a list for a meeting. I have migraines.
 2024-03-30|I had a list for the stew. I did the race solo. I still live in Berlin.
 2024-04-13|Back in 2021 I lived in Rome. I had a schedule for the journey. Maybe I'll move to Lima.
 2024-04-27|I made a schedule for the project. I gave up coffee. I'm flying to Rome on 2024-06-10.

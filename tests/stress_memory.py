@@ -1,11 +1,13 @@
-"""Random histories against every invariant: writes, late tellings, reverts, forgets, sleeps,
-save and load, two users.
+"""Random histories against every invariant: messages, claims, late tellings, reverts, retractions, requests
+to forget, nights, save and load, in any order.
 
     python tests/stress_memory.py [histories=10000] [seed=0]
 """
 import random
 import sys
 import tempfile
+from collections import Counter
+from dataclasses import asdict
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -13,115 +15,149 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dcpm
 
 CITIES, THINGS = ("Paris", "Berlin", "Rome", "Lima"), ("coffee", "tea", "jazz", "rowing")
-SAID = ("I moved to {c}.", "I live in {c}.", "I used to live in {c}.", "My sister moved to {c}.",
-        "Maybe I'll move to {c}.", "Back in {y} I lived in {c}.", "Three weeks ago I moved to {c}.",
-        "I like {t}.", "I gave up {t}.", "I like {t}, mostly at night.", "I'm into {t} again.",
-        "Do you think I live in {c}?", "I lived in {c} two years ago and I like {t}.", "I quit my job.",
-        "I work at {c} Motors.", "I'm travelling to {c} on 10 June.", "I cancelled the trip to {c}.",
-        "I have a car.", "I sold my car.", "I always write a list before the exam in {c}.",
-        "I no longer write a list before the exam in {c}.", "Well, so it goes.")
-HABITS = ("wrote a checklist for", "mapped out", "improvised",
-          "went on a whim to", "went alone to", "had company of two at")
-SCENES = ("the dinner", "the trip", "the meeting", "the concert", "the race")
+SAID = ("I moved to {c}.", "I live in {c}.", "I no longer live in {c}.", "My sister moved to {c}.",
+        "Maybe I'll move to {c}.", "Back in {y} I lived in {c}.", "On {y}-03-01 I moved to {c}.",
+        "I like {t}.", "I gave up {t}.", "I like {t}, mostly on weekends.", "I'm enjoying {t} again.",
+        "Do you think I live in {c}?", "In {y} I worked at {c} Motors and I like {t}.", "I quit my job.",
+        "I work at {c} Motors.", "I'm flying to {c} on {y}-06-10.", "I'm not flying to {c} on {y}-06-10.",
+        "I have a car.", "I sold my car.", "Please forget that I like {t}.", "Forget that I live in {c}.",
+        "Well, so it goes.")
+HABITS = (("wrote a checklist for", "had a list for", "made a schedule for"),
+          ("improvised", "went on a whim to", "had, without a plan,"),
+          ("got on sale", "borrowed things for", "haggled over"))
+SCENES = ("dinner", "flight", "meeting", "concert", "race", "exam", "wedding")
+SLOTS = [("user", "residence", None), ("user", "likes", "coffe"), ("Bo", "residence", None)]
+QUESTION = "Where do I live in Paris, Berlin or Rome, and do I like coffee, jazz or lists for dinner?"
+
+
+def nodes(memory):
+    kinds = (memory.schemas, memory.cores, memory.intentions)
+    return [asdict(node) for kind in kinds for node in kind.values()]
+
+
+def put_turn(memory, text, t, session="s1", speaker="user"):
+    """Keep a turn without reading it, so that claims can be written by hand."""
+    turn = dcpm.Turn(memory.new_id("t"), session, speaker, text, t)
+    memory.commit("RAW", [turn.id], turn.id, turn=asdict(turn))
+    return turn
+
+
+def random_claims(rng, memory, told, text):
+    """Claims on random slots at random times, or on one belief, or on all that a schema or core rests on."""
+    def claim(attribute, value, slot, polarity):
+        t_event = (told - timedelta(rng.choice((0, 0, 0, 40, 400)))).isoformat()
+        return dcpm.Claim(attribute, value, text, (0, len(text)), polarity=polarity, t_event=t_event,
+                          slot=slot, detail=rng.random() < 0.2)
+    what = rng.random()
+    if what < 0.5 and memory.schemas:
+        node = rng.choice(list((memory.cores or memory.schemas).values()))
+        olds, polarity = [memory.beliefs[i] for i in node.evidence], rng.choice((-1, -1, 1))
+        return [claim(b.slot[1], b.value, b.slot, polarity) for b in olds]
+    if what < 0.7 and memory.beliefs:
+        old = memory.beliefs[rng.choice(list(memory.beliefs))]
+        return [claim(old.slot[1], old.value, old.slot, rng.choice((1, -1)))]
+    return [claim(slot[1], "coffee" if slot[2] else rng.choice(CITIES), slot, rng.choice((1, 1, 1, -1, 0)))
+            for slot in rng.choices(SLOTS, k=2)]
 
 
 def random_history(rng, length=40):
-    """Yield the memory after each of `length` random operations, together with what was done."""
+    """Yield the memory after each of `length` random operations, with (what, detail, was all well?)."""
     memory, day = dcpm.Memory(), date(2024, 1, 1)
-    # few at a time, so that cores arise and fall within 40 steps
-    habits = rng.sample(HABITS, rng.choice((1, 1, 2, 6)))
+    habits = rng.sample(HABITS, rng.choice((1, 1, 2, 3)))  # few at a time, so that cores arise and fall
+    scenes = rng.sample(SCENES, 5)
     for step in range(length):
         day += timedelta(rng.choice((0, 1, 1, 9)))
-        user, what = rng.choice(("user", "user", "ann")), rng.random()
-        if what < 0.8:
-            fill = {"c": rng.choice(CITIES), "t": rng.choice(THINGS), "y": rng.randint(2019, 2024)}
-            text = " ".join(rng.choice(SAID).format(**fill) for _ in range(rng.choice((1, 1, 2))))
-            if rng.random() < 0.6:
-                text = f"I {rng.choice(habits)} {rng.choice(SCENES)} in {fill['c']} with {fill['t']}."
-                user = "user"
-            told = day - timedelta(rng.choice((0, 0, 0, 30)))  # sessions may arrive out of order
-            done = ("observe", text, before_and_after(memory, user, lambda: memory.observe(
-                text, told.isoformat(), f"s{step // 3}", user=user)))
-        elif what < 0.85:
+        told = day - timedelta(rng.choice((0, 0, 0, 30)))  # sessions may arrive out of order
+        what, session = rng.random(), f"s{step // 3}"
+        if what < 0.66:
+            fill = {"c": rng.choice(CITIES), "t": rng.choice(THINGS), "y": rng.randint(2019, 2025)}
+            texts = [rng.choice(SAID).format(**fill) for _ in range(rng.choice((1, 1, 2)))]
+            speaker = rng.choice(("user", "user", "Bo"))
             if rng.random() < 0.7:
-                word = f"{rng.choice(CITIES)} {rng.choice(THINGS)}"
-            else:
-                word = rng.choice(CITIES + THINGS)
-            memory.forget(word, user)
-            done = ("forget", word, True)
-        elif what < 0.95:
-            done = ("sleep", str(day), sleep_changes_no_belief(memory, user, day.isoformat()))
+                texts = [f"I {rng.choice(habit)} the {scene} {fill['t']}."
+                         for habit in (habits[0], rng.choice(habits)) for scene in rng.sample(scenes, 2)]
+                speaker = "user"
+            done = ("observe", " ".join(texts), keeps_what_it_must(memory, lambda: memory.observe(
+                " ".join(texts), told.isoformat(), session, speaker)))
+        elif what < 0.8:
+            text = f"message {step}"
+            turn = put_turn(memory, text, told.isoformat(), session)
+            claims = random_claims(rng, memory, told, text)
+            done = ("write_claims", claims, keeps_what_it_must(
+                memory, lambda: dcpm.write_claims(memory, turn, claims), turns=0))
+        elif what < 0.83:
+            word = rng.choice((rng.choice(CITIES + THINGS), f"{rng.choice(scenes)} {rng.choice(THINGS)}"))
+            done = ("forget", word, keeps_what_it_must(memory, lambda: memory.forget(word), turns=0))
+        elif what < 0.97:
+            done = ("sleep", str(day), sleep_changes_no_belief(memory, day.isoformat()))
         else:
             with tempfile.TemporaryDirectory() as folder:
                 memory.save(Path(folder) / "m.json")
                 again = dcpm.Memory.load(Path(folder) / "m.json")
-            same = all(dcpm.snapshot(again.stores[u]) == dcpm.snapshot(s) for u, s in memory.stores.items())
+            same = dcpm.snapshot(again) == dcpm.snapshot(memory)
             memory, done = again, ("save and load", "", same)
         yield memory, done
 
 
-def before_and_after(memory, user, act):
-    """observe never changes a schema or core, and never makes an id or a source disappear."""
-    def look():
-        store = memory.store(user)
-        nodes = [n for k in ("schemas", "cores", "intentions") for n in getattr(store, k).values()]
-        return ([dcpm.asdict(n) for n in nodes],
-                {i: len(b.sources) for i, b in store.beliefs.items()}, len(store.turns))
-    high, sources, turns = look()
-    act()
-    high_after, sources_after, turns_after = look()
-    return (high == high_after and turns_after == turns + 1
-            and all(sources_after.get(i, -1) >= n for i, n in sources.items()))
+def keeps_what_it_must(memory, act, turns=1):
+    """By day no schema or core changes, no id or source disappears, and what was claimed keeps its turn."""
+    before, count = nodes(memory), len(memory.turns)
+    sources = {i: b.sources[:] for i, b in memory.beliefs.items()}
+    done = act()
+    cited = {source[0] for b in memory.beliefs.values() for source in b.sources}
+    claimed = any(isinstance(op, tuple) and op[0] != "SUPPRESS" for op in done)
+    return (nodes(memory) == before and len(memory.turns) == count + turns
+            and (not claimed or list(memory.turns)[-1] in cited)
+            and all(memory.beliefs[i].sources[:len(s)] == s for i, s in sources.items()))
 
 
-def sleep_changes_no_belief(memory, user, now):
+def sleep_changes_no_belief(memory, now):
     """sleep leaves beliefs alone, and sleeping twice is sleeping once."""
-    store = memory.store(user)
-    before = [dcpm.asdict(b) for b in store.beliefs.values()]
-    memory.sleep(now, user)
-    once = dcpm.snapshot(store)
-    memory.sleep(now, user)
-    return before == [dcpm.asdict(b) for b in store.beliefs.values()] and once == dcpm.snapshot(store)
+    def look():
+        return [asdict(b) for b in memory.beliefs.values()]
+    before = look()
+    memory.sleep(now)
+    once = dcpm.snapshot(memory)
+    memory.sleep(now)
+    return before == look() and once == dcpm.snapshot(memory)
 
 
 def leaks(memory, now="2026-01-01"):
-    """Ids and current values that a recall must not show."""
-    out = []
-    for user, store in memory.stores.items():
-        question = "Where do I live in Paris, Berlin or Rome, and do I like coffee, jazz or lists?"
-        found = memory.recall(question, now, user=user)
-        for line in found.lines:
-            node = store.beliefs.get(line.id)
-            if line.id in store.hidden or (node and (node.status == "suppressed")):
-                out.append(f"{line.id} is shown")
-            if node and node.status == "superseded" and "current" in line.text:
-                out.append(f"{line.id} is called current")
-            if line.id in store.schemas:
-                live = [i for i in store.schemas[line.id].evidence if store.beliefs[i].status == "active"]
-                out += [f"{line.id} rests on {len(live)}"] if len(live) < 2 else []
-        if dcpm.count_tokens(found.text) > 800:
-            out.append("over budget")
+    """What a recall must not show."""
+    found, out = memory.recall(QUESTION, now), []
+    for line in found.lines:
+        node = memory.beliefs.get(line.id)
+        if line.id in memory.hidden or (node and node.status == "suppressed"):
+            out.append(f"{line.id} is shown")
+        if node and node.status == "superseded" and "current" in line.text:
+            out.append(f"{line.id} is called current")
+        if node := memory.schemas.get(line.id) or memory.cores.get(line.id):
+            cited = [memory.beliefs[i] for i in node.evidence]
+            if sum(map(dcpm.holds, cited)) < 2 or any(b.status == "suppressed" for b in cited):
+                out.append(f"{line.id} is shown without support")
+    if dcpm.count_tokens("\n".join(str(line) for line in found.lines if line.channel != "schema")) > 800:
+        out.append("over budget")
     return out
 
 
 def run(histories, seed=0, length=40):
-    """-> operations done; raises AssertionError with the seed of the history that broke an invariant."""
-    total = 0
+    """-> what was met, counted; an AssertionError names the seed of the history that broke an invariant."""
+    met = Counter()
     for n in range(histories):
         for memory, (what, detail, fine) in random_history(random.Random(f"{seed}-{n}"), length):
-            total += 1
             problems = memory.check() + leaks(memory) + ([] if fine else [f"{what} broke its promise"])
             assert not problems, f"history {seed}-{n}, after {what} {detail!r}: {problems[:3]}"
-    return total
+            met.update({(kind, n["status"]) for kind in ("schemas", "cores", "intentions")
+                        for n in map(asdict, getattr(memory, kind).values())} | {"operations"})
+        met.update(event.op for event in memory.log)
+    return met
 
 
 if __name__ == "__main__":
     histories = int(sys.argv[1]) if len(sys.argv) > 1 else 10000
-    seed = sys.argv[2] if len(sys.argv) > 2 else "0"
-    done = operations = 0
-    while done < histories:
-        part = min(500, histories - done)
-        operations += run(part, f"{seed}-{done}")
-        done += part
-        print(f"{operations} operations in {done} of {histories} histories: every invariant held after each",
-              flush=True)
+    seed, met = sys.argv[2] if len(sys.argv) > 2 else "0", Counter()
+    for done in range(0, histories, 500):
+        met += run(min(500, histories - done), f"{seed}-{done}")
+        print(f"{met['operations']} operations in {min(done + 500, histories)} of {histories} histories: "
+              "every invariant held after each", flush=True)
+    print(*(f"{kind}: {count}" for kind, count in met.most_common()), sep=", ")

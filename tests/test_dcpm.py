@@ -1,25 +1,53 @@
 """Worked examples of the memory: one test per behaviour that a user could notice."""
 import sys
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 import dcpm
-from dcpm import Memory, DcpmError
+from dcpm import DcpmError, Memory
+from stress_memory import put_turn
 
+NOW, UNKNOWN = "2024-06-01", "I don't know."
 HOME, WORK = ("user", "residence", None), ("user", "employer", None)
+PLANS = {"cooking": ("I wrote a checklist for the dinner.", "I had a list for the stew.",
+                     "I drew up a schedule for the cake."),
+         "travel": ("I drew up an itinerary for the flight.", "I booked the hotel in advance.",
+                    "I had a schedule for the journey."),
+         "work": ("I prepared the report weeks ahead.", "I made an agenda for the meeting.",
+                  "I made a timetable for the project.")}
+ALONE = ("I run alone.", "I went to the gym by myself.", "I did the race solo.")
+CHEAP = ("I borrowed a guitar.", "I got a concert ticket on sale.", "I haggled over a piano.")
+WHIM = ("I cooked dinner on a whim.", "I improvise every stew.", "I baked a cake without a plan.")
+ALL = [*(text for texts in PLANS.values() for text in texts), *ALONE, *CHEAP]
 
 
 def tell(*texts, memory=None, start="2024-05-01", session="s{}"):
     """Observe texts one day apart, each in a session of its own unless `session` says otherwise."""
     memory = memory or Memory()
-    first = len(memory.store().turns)
+    first = len(memory.turns)
     for i, text in enumerate(texts, first):
-        day = (date.fromisoformat(start) + timedelta(i)).isoformat()
-        memory.observe(text, day, session.format(i))
+        memory.observe(text, (date.fromisoformat(start) + timedelta(i)).isoformat(), session.format(i))
     return memory
+
+
+def planner(*more):
+    """A person who plans in three areas of life and has two other habits; one night."""
+    memory = tell(*ALL, *more)
+    memory.sleep("2024-06-01")
+    return memory
+
+
+def ask(memory, question, now=NOW):
+    return memory.answer(question, now)[0]
+
+
+def recall(memory, question, now=NOW):
+    return memory.recall(question, now)
 
 
 def values(memory, slot=HOME):
@@ -27,14 +55,27 @@ def values(memory, slot=HOME):
 
 
 def ops(memory):
-    return [e.op for e in memory.store().log if e.op != "RAW"]
+    return [e.op for e in memory.log if e.op != "RAW"]
 
 
-def test_01_one_claim_one_node():
-    memory = tell("I live in Paris.")
-    (node,) = memory.trail(HOME)
-    assert (node.value, node.prev, node.next) == ("Paris", None, None)
-    assert (len(node.sources), node.status) == (1, "active")
+def schema(memory, domain, gloss="plans ahead"):
+    (found,) = [s for s in memory.schemas.values() if s.domain == domain and gloss in s.text]
+    return found
+
+
+def retract(memory, beliefs, t="2024-07-01"):
+    """End beliefs, as if the user had said so."""
+    for id_ in beliefs:
+        old = memory.beliefs[id_]
+        text = f"no longer: {old.text}"
+        claim = dcpm.Claim(old.slot[1], old.value, text, (0, len(text)), polarity=-1, slot=old.slot)
+        assert dcpm.write_claims(memory, put_turn(memory, text, t, "later"), [claim])[0][0] == "RETRACT"
+
+
+def test_01_one_claim_is_one_node():
+    (node,) = tell("I live in Paris.").trail(HOME)
+    assert (node.value, node.prev, node.next, node.status) == ("Paris", None, None, "active")
+    assert len(node.sources) == 1
 
 
 def test_02_a_move_supersedes():
@@ -42,78 +83,68 @@ def test_02_a_move_supersedes():
     paris, berlin = memory.trail(HOME)
     assert ops(memory) == ["ADD", "SUPERSEDE"]
     assert (berlin.prev, paris.next, berlin.link_kind) == (paris.id, berlin.id, "supersede")
-    assert paris.status == "superseded" and memory.answer("Where do I live?", "2024-06-01")[0] == "Berlin"
+    assert paris.status == "superseded" and ask(memory, "Where do I live?") == "Berlin"
 
 
-def test_03_going_back_is_a_third_node():
+def test_03_04_going_back_is_a_third_node_and_before_walks_one_link():
     memory = tell("I live in Paris.", "I moved to Berlin.", "I'm back in Paris.")
     a, b, c = memory.trail(HOME)
     assert values(memory) == ["Paris", "Berlin", "Paris"] and a.id != c.id and c.prev == b.id
-    assert memory.check() == []
-
-
-def test_04_before():
-    memory = tell("I live in Paris.", "I moved to Berlin.", "I'm back in Paris.")
-    first, second, _ = memory.trail(HOME)
-    assert memory.answer("Where did I live before Berlin?", "2024-06-01") == ("Paris", [first.id])
-    assert memory.answer("Where did I live before the present one?", "2024-06-01") == ("Berlin", [second.id])
+    assert memory.answer("Where did I live before Berlin?", "2024-06-01") == ("Paris", [a.id])
+    assert memory.answer("Where did I live before the present one?", "2024-06-01") == ("Berlin", [b.id])
 
 
 @pytest.mark.parametrize("session, confidence", [("s{}", 0.99), ("same", 0.90)])
 def test_05_confirmation_counts_once_a_session(session, confidence):
     memory = tell("I live in Paris.", "I moved to Berlin.", "I still live in Berlin.", session=session)
-    assert ops(memory)[-1] == "CONFIRM" and len(memory.trail(HOME)) == 2
-    head = memory.trail(HOME)[-1]
-    assert len(head.sources) == 2 and head.confidence == confidence
+    _, head = memory.trail(HOME)
+    assert ops(memory)[-1] == "CONFIRM" and (len(head.sources), head.confidence) == (2, confidence)
 
 
 def test_06_likes_coexist():
     memory = tell("I like coffee.", "I also like tea.")
-    assert [len(memory.trail(s)) for s in memory.store().heads] == [1, 1]
-    assert all(b.status == "active" for b in memory.store().beliefs.values())
+    assert [[b.status for b in memory.trail(slot)] for slot in memory.heads] == [["active"], ["active"]]
 
 
-def test_07_giving_up_and_resuming():
+def test_07_giving_up_and_resuming_leave_the_rest_alone():
     memory = tell("I like coffee.", "I like tea.", "I gave up coffee.", "I'm drinking coffee again.")
-    coffee, tea = memory.store().members[("user", "likes")]
+    coffee, tea = memory.heads
     assert [b.polarity for b in memory.trail(coffee)] == [1, -1, 1]
     assert [b.polarity for b in memory.trail(tea)] == [1]
 
 
 def test_08_refinement_is_not_a_revision():
     memory = tell("I play guitar.", "I play guitar, mostly jazz on weekends.")
-    old, new = memory.trail(("user", "hobby", "guitar"))
+    _, new = memory.trail(("user", "hobby", "guitar"))
     assert new.link_kind == "refine" and "guitar" in new.text and "jazz" in new.text and len(new.sources) == 2
-    assert memory.answer("What was my previous guitar style?", "2024-06-01")[0] == "Nothing before that."
+    assert ask(memory, "What was my previous guitar style?") in ("Nothing before that.", UNKNOWN)
 
 
-def test_09_told_late():
-    memory = Memory()
-    memory.observe("I work at Acme.", "2024-05-01")
-    memory.observe("Back in 2023 I worked at Initech.", "2024-05-09")
+def test_09_what_is_told_late_does_not_become_the_head():
+    memory = tell("I work at Acme.", "Back in 2023 I worked at Initech.")
     assert values(memory, WORK) == ["Initech", "Acme"] and ops(memory) == ["ADD", "SPLICE"]
-    assert memory.answer("Where do I work?", "2024-06-01")[0] == "Acme" and memory.check() == []
+    assert ask(memory, "Where do I work?") == "Acme" and memory.check() == []
 
 
-def test_10_somebody_else():
+def test_10_somebody_else_has_chains_of_their_own():
     memory = tell("I live in Paris.", "My sister moved to Oslo.")
     assert values(memory) == ["Paris"] and values(memory, ("sister", "residence", None)) == ["Oslo"]
-    assert memory.answer("Where does my sister live?", "2024-06-01")[0] == "Oslo"
+    assert ask(memory, "Where does my sister live?") == "Oslo"
 
 
 @pytest.mark.parametrize("text", [
     "Maybe I'll move to Rome.", "Do you think I live in Rome?", '"I live in Rome," said the hero.',
     "If I lived in Rome I would walk more.", "I might move to Rome."])
-def test_11_12_no_chain_is_touched(text):
+def test_11_12_hedges_questions_quotations_and_hypotheses_touch_no_chain(text):
     memory = tell("I live in Paris.", text)
-    assert values(memory) == ["Paris"] and len(memory.store().turns) == 2
-    assert all(b.slot[1] in ("residence", "maybe") for b in memory.store().beliefs.values())
+    assert values(memory) == ["Paris"] and len(memory.turns) == 2
+    assert {slot[1] for slot in memory.heads} <= {"residence", "maybe"}
 
 
 def test_13_sold():
     memory = tell("I have a car.", "I sold my car.")
     assert [b.polarity for b in memory.trail(("user", "possession", "car"))] == [1, -1]
-    assert memory.answer("Do I have a car?", "2024-06-01")[0] == "No, since 2024-05-02."
+    assert ask(memory, "Do I have a car?") == "No, since 2024-05-02."
 
 
 def test_14_as_of():
@@ -122,377 +153,276 @@ def test_14_as_of():
     assert at[0] is None and [b.value for b in at[1:]] == ["Paris", "Berlin"]
 
 
-def test_15_forget():
-    memory = tell("I have migraines.", "I live in Paris.", "Please forget that I have migraines.")
+def test_15_what_is_to_be_forgotten_is_kept_and_never_shown():
+    memory = tell("I have migraines.", "I live in Paris.", "Please forget that I have migraines.",
+                  "I have migraines.")
     (node,) = memory.trail(("user", "condition", "migrain"))
     assert node.status == "suppressed" and memory.check() == []
     context = memory.recall("What do you know about my migraines and where I live?", "2024-06-01")
-    assert "igraine" not in context.text and "Paris" in context.text
+    assert "igraine" not in context.text + memory.dump() and "Paris" in context.text
     assert memory.why(node.id)["text"] == "(forgotten on request)"
-    tell("I have migraines.", memory=memory)  # told again: kept, and still not shown
-    assert "igraine" not in memory.recall("migraines?", "2024-06-01").text
 
 
-def test_16_twice_in_one_turn():
+def test_16_twice_in_one_turn_is_once():
     memory = tell("I live in Paris. I live in Paris.")
-    assert ops(memory) == ["ADD"] and len(memory.store().beliefs) == 1
+    assert ops(memory) == ["ADD"] and len(memory.beliefs) == 1
 
 
-# ---------------------------------------------------------------- System2
-PLANS = {"cooking": ("I wrote a checklist for the dinner.", "I drew up a schedule for the roast.",
-                     "I mapped out the cake step by step."),
-         "travel": ("I made a list before the trip.", "I printed an itinerary for the flight.",
-                    "I booked the hotel weeks ahead."),
-         "work": ("I wrote an agenda for the meeting.", "I prepared the report in advance.",
-                  "I made a timetable for the project.")}
-OTHERS = ("I found a cheaper song download at a discount.", "I got the concert ticket on sale.",
-          "I borrow every guitar.",
-          "I went to the gym by myself.", "I run alone.", "I did the race solo.")
-WHIM = ("I cooked dinner on a whim.", "I baked a cake without a plan.", "I improvise every stew.")
-
-
-def planner(*extra):
-    memory = tell(*[t for texts in PLANS.values() for t in texts], *OTHERS, *extra)
-    memory.sleep("2024-06-01")
-    return memory
-
-
-def schema(memory, domain, behaviour="plans"):
-    return memory.store().schemas[memory.store().new_id("s", "user", domain, behaviour)]
-
-
-def retract(memory, domain):
-    """End every belief under the schema of a domain, as if the user had said so."""
-    store = memory.store()
-    for id_ in schema(memory, domain).live:
-        old = store.beliefs[id_]
-        turn = dcpm.Turn(store.new_id("t"), "later", "user", f"no longer: {old.text}", "2024-07-01")
-        store.commit("RAW", [turn.id], turn.id, turn=dcpm.asdict(turn))
-        claim = dcpm.Claim(old.slot[1], old.value, turn.text, (0, len(turn.text)), polarity=-1)
-        assert dcpm.write_claims(store, turn, [claim])[0][0] == "RETRACT"
-
-
-@pytest.mark.parametrize("sessions, status", [("s{}", "stable"), ("one", "forming")])
-def test_18_19_a_habit_needs_three_beliefs_from_two_sessions(sessions, status):
-    memory = tell(*PLANS["cooking"], session=sessions)
-    memory.sleep("2024-06-01")
-    (found,) = memory.store().schemas.values()
-    assert (found.domain, found.behaviour) == ("cooking", "plans")
-    assert (found.confidence, found.status) == (0.80, status)
-    before = dcpm.snapshot(memory.store())
-    memory.sleep("2024-06-01")
-    assert dcpm.snapshot(memory.store()) == before
-    if status == "forming":
-        assert found.text not in memory.recall("How do I cook?", "2024-06-01").text
-
-
-def test_opposite_behaviour_lowers_confidence():
-    memory = tell(*PLANS["cooking"], "I baked a cake without a plan.")
-    memory.sleep("2024-06-01")
-    assert schema(memory, "cooking").confidence == round(4 / 6, 4)  # s = 3, x = 1
-
-
-def test_17_20_core_and_why():
+def test_17_20_a_habit_of_three_domains_is_a_core_that_can_say_why():
     memory = planner()
-    (core,) = memory.store().cores.values()
-    members = [schema(memory, d) for d in ("cooking", "travel", "work")]
+    (core,) = memory.cores.values()
+    members = [schema(memory, domain) for domain in PLANS]
     assert sorted(core.members) == sorted(m.id for m in members) and core.status == "stable"
+    assert [s.status for s in memory.schemas.values()] == ["stable"] * 5
     assert core.evidence == sorted({i for m in members for i in m.evidence}) and memory.check() == []
-    tree = memory.why(core.id)
-    spans = [s for m in tree["because"] for b in m["because"] for s in b["because"]]
-    assert len(spans) == 9 and all(s["text"] in memory.store().turns[s["id"]].text for s in spans)
-    assert core.id in memory.recall("How should I set up my new aquarium?", "2024-06-02").ids
+    spans = [s for m in memory.why(core.id)["because"] for b in m["because"] for s in b["because"]]
+    assert len(spans) == 9 and all(s["text"] in memory.turns[s["id"]].text for s in spans)
+    found = memory.recall("How should I set up my new aquarium?", "2024-06-02")  # a domain that never came up
+    assert found.ids[0] == core.id
+    assert core.id not in memory.recall("My new aquarium?", NOW, sweep=False).ids
+    assert not memory.recall("My new aquarium?", NOW, schemas=False).ids
 
 
-def test_21_support_falls_away():
+@pytest.mark.parametrize("session, status", [("s{}", "stable"), ("one", "forming")])
+def test_18_19_a_habit_needs_three_beliefs_of_two_sessions(session, status):
+    memory = tell(*PLANS["cooking"], session=session)
+    memory.sleep("2024-06-01")
+    (found,) = memory.schemas.values()
+    assert (found.domain, found.confidence, found.status) == ("cooking", 0.80, status)
+    before = dcpm.snapshot(memory)
+    memory.sleep("2024-06-01")
+    assert dcpm.snapshot(memory) == before
+    assert (found.id in recall(memory, "How do I cook?").ids) == (status == "stable")
+
+
+def test_21_support_falls_away_and_the_opposite_is_linked():
     memory = planner()
-    (core,) = memory.store().cores.values()
-    retract(memory, "cooking")
-    found = memory.recall("dinner?", "2024-07-01")
-    assert schema(memory, "cooking").id not in found.ids  # hidden before the night
+    (core,) = memory.cores
+    old = schema(memory, "cooking")
+    retract(memory, old.evidence)
+    assert old.id not in memory.recall("dinner?", "2024-07-01").ids  # hidden before the night
     tell(*WHIM, memory=memory, start="2024-07-02")
-    memory.sleep("2024-08-01")
-    core = memory.store().cores[core.id]
-    old, new = schema(memory, "cooking"), schema(memory, "cooking", "improvises")
-    assert old.status == "dormant" and new.status == "stable" and (new.prev, old.next) == (old.id, new.id)
-    assert core.status == "stable" and len(core.members) == 3
-    retract(memory, "travel")
-    memory.sleep("2024-08-02")
-    assert memory.store().cores[core.id].status == "dormant" and memory.check() == []
-    assert len(memory.store().schemas) == 6
+    memory.sleep("2024-09-01")
+    old, new = memory.schemas[old.id], schema(memory, "cooking", "improvises")
+    assert (old.status, new.status) == ("dormant", "stable") and (new.prev, old.next) == (old.id, new.id)
+    assert memory.cores[core].status == "stable" and len(memory.cores[core].members) == 3
+    retract(memory, schema(memory, "travel").evidence, "2024-09-01")
+    memory.sleep("2024-09-02")
+    assert (memory.cores[core].status, memory.cores[core].confidence) == ("dormant", 0.0)
+    assert len(memory.schemas) == 6 and memory.check() == []
 
 
-def test_22_23_what_is_no_collision():
+@pytest.mark.parametrize("opposite, confidence, status", [(1, 0.6667, "stable"), (2, 0.5714, "contested"),
+                                                          (3, 0.5, "contested")])
+def test_the_opposite_shown_in_the_same_domain_lowers_confidence(opposite, confidence, status):
+    memory = tell(*PLANS["cooking"], *WHIM[:opposite], "I run on a whim.")  # another domain is no evidence
+    memory.sleep("2024-06-01")
+    found = schema(memory, "cooking")
+    assert (found.confidence, found.status, len(found.against)) == (confidence, status, opposite)
+    assert (found.id in recall(memory, "How do I cook?").ids) == (status == "stable")
+
+
+def test_22_23_one_domain_or_unlike_behaviour_is_no_collision():
     memory = planner()
-    store = memory.store()
-    stable = [s for s in store.schemas.values() if s.status == "stable"]
-    pairs = dcpm.collisions(stable, store)
-    assert {(stable[i].behaviour, stable[j].behaviour) for i, j in pairs} == {("plans", "plans")}
-    twin = dcpm.copy.deepcopy(stable[0])
-    assert dcpm.collisions([stable[0], twin], store) == []  # same domain
+    stable = list(memory.schemas.values())
+    cores = memory.cores.values()
+    assert {"plans ahead" in s.text for s in stable for c in cores if s.id in c.members} == {True}
+    one = tell(*PLANS["cooking"], "I wrote an outline for the soup.", *ALONE, *CHEAP)
+    one.sleep("2024-06-01")
+    assert len(one.schemas) == 3 and not one.cores
 
 
-def test_union_of_collisions_is_not_transitive():
-    assert list(dcpm.collision_groups(3, [(0, 1), (1, 2), (0, 2)])) == [[0, 1, 2]]
-    (group,) = dcpm.collision_groups(5, [(0, 1), (1, 2), (2, 3), (3, 4)])
-    assert len(group) < 5
-
-
-def test_24_intentions_lapse():
-    memory = tell("I'm flying to Rome on 10 June.")
-    memory.sleep("2024-05-02")
+def test_24_a_plan_lapses_and_is_found_as_past():
+    memory = tell("I'm flying to Rome on 2024-06-10.", "I like coffee.", "I'm visiting Oslo on 2024-06-20.",
+                  "I'm not visiting Oslo on 2024-06-20.")
+    memory.sleep("2024-05-05")
     assert "flying to Rome" in memory.answer("What is coming up?", "2024-06-09")[0]
     assert memory.answer("What is coming up?", "2024-06-11")[0] == "Nothing that I know of."
-    assert "Rome" in memory.recall("When was I flying to Rome?", "2024-06-11").text
+    lines = memory.recall("When was I flying to Rome?", "2024-06-11").lines
+    assert {n.channel for n in lines if "flying to Rome" in n.text} - {"raw"} == {"fact"}
     memory.sleep("2024-06-11")
-    assert [i.status for i in memory.store().intentions.values()] == ["expired"]
-    cancelled = tell("I'm flying to Rome on 10 June.", "I cancelled the trip to Rome.")
-    cancelled.sleep("2024-05-03")
-    assert [i.status for i in cancelled.store().intentions.values()] == ["withdrawn"]
+    assert {i.text: i.status for i in memory.intentions.values()} == {
+        "flying to Rome": "expired", "visiting Oslo": "withdrawn"}
 
 
-def test_25_interrupted_night(monkeypatch):
-    memory = tell(*[t for texts in PLANS.values() for t in texts], *OTHERS)
-    before = dcpm.snapshot(memory.store())
-    for name in ("refresh_schema", "collisions", "refresh_core"):
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-            patch.setattr(dcpm, name, lambda *a: (_ for _ in ()).throw(RuntimeError("power cut")))
-            memory.sleep("2024-06-01")
-        assert dcpm.snapshot(memory.store()) == before
+@pytest.mark.parametrize("name", ["two_stage_dbscan", "recount", "collisions", "collision_groups"])
+def test_25_an_interrupted_night_changes_nothing(monkeypatch, name):
+    memory = tell(*ALL)
+    before = dcpm.snapshot(memory)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(dcpm, name, lambda *a: (_ for _ in ()).throw(RuntimeError("power cut")))
+        memory.sleep("2024-06-01")
+    assert dcpm.snapshot(memory) == before
+    memory.sleep("2024-06-01")  # nor has the failed night been taken for one
+    assert len(memory.schemas) == 5
 
 
-def test_26_save_and_load(tmp_path):
-    memory = planner("I live in Paris.", "Please forget that I run alone.")
+def test_26_a_loaded_memory_reads_the_same(tmp_path):
+    memory = planner("I live in Paris.", "I like \ud83d tea.", "Please forget that I run alone.")
+    memory.recall("How was the aquarium in Lima?", "2024-06-02")  # reading leaves no trace
     memory.save(tmp_path / "m.json")
     again = Memory.load(tmp_path / "m.json")
-    assert dcpm.snapshot(again.store()) == dcpm.snapshot(memory.store())
     question = ("Where do I live and how do I cook?", "2024-06-02")
-    assert again.recall(*question) == memory.recall(*question) and again.check() == []
+    assert dcpm.snapshot(again) == dcpm.snapshot(memory)
+    assert again.recall(*question) == memory.recall(*question)
+    again.observe("I moved to Berlin.", "2024-06-03")
+    assert values(again) == ["Paris", "Berlin"] and again.check() == []
     (tmp_path / "cut.json").write_text((tmp_path / "m.json").read_text()[:200])
-    with pytest.raises(DcpmError, match="not a memory"):
-        Memory.load(tmp_path / "cut.json")
+    for bad in ("cut.json", "none.json"):
+        with pytest.raises(DcpmError, match="not a memory"):
+            Memory.load(tmp_path / bad)
 
 
-def test_27_users_are_isolated():
-    memory = Memory()
-    for day, user, city in ((1, "u1", "Paris"), (2, "u2", "Lima"), (3, "u1", "Berlin"), (4, "u2", "Quito")):
-        memory.observe(f"I moved to {city}.", f"2024-05-0{day}", user=user)
-    found = memory.recall("Where do I live? Lima, Quito?", "2024-06-01", user="u1")
-    other = memory.recall("Where do I live?", "2024-06-01", user="u2")
-    assert found.ids and not set(found.ids) & set(other.ids)
-    assert "Lima" not in found.text and "Quito" not in found.text
+def test_27_two_memories_share_nothing():
+    one, two = tell("I moved to Paris.", "I moved to Berlin."), tell("I moved to Lima.", "I moved to Quito.")
+    assert "Lima" not in recall(one, "Lima, Quito?").text and values(two) == ["Lima", "Quito"]
 
 
 @pytest.mark.parametrize("budget", [0, 10, 50, 200])
-def test_28_budget(budget):
-    memory = planner("I live in Paris.", "I moved to Berlin.", "I'm flying to Rome on 10 June.")
+def test_28_a_budget_is_kept_in_whole_lines(budget):
+    memory = planner("I live in Paris.", "I moved to Berlin.", "I'm flying to Rome on 2024-06-10.")
     found = memory.recall("How do I plan a trip?", "2024-06-01", budget)
-    assert dcpm.count_tokens(found.text) <= budget
-    full = set(memory.recall("How do I plan a trip?", "2024-06-01", 100000).text.splitlines())
-    assert set(found.text.splitlines()) <= full
+    paid = "\n".join(str(line) for line in found.lines if line.channel != "schema")
+    assert dcpm.count_tokens(paid) <= budget and len(found.lines) - paid.count("\n") <= dcpm.SCHEMA_LINES + 1
+    full = memory.recall("How do I plan a trip?", "2024-06-01", 100000).text.splitlines()
+    assert set(found.text.splitlines()) <= set(full)
+    assert [line.split()[0] for line in found.text.splitlines()] == [f"[{id_}]" for id_ in found.ids]
 
 
-def test_superseded_versions_bring_their_chain():
-    memory = tell("I live in Paris.", "I moved to Berlin.", "I moved to Rome.")
-    text = memory.recall("Did I ever live in Paris?", "2024-06-01").text
-    assert "Paris (2024-05-01) → Berlin (2024-05-02) → Rome (2024-05-03, current)" in text
+# ---------------------------------------------------------------- what once went wrong
+@pytest.mark.parametrize("first, second", [
+    ("I am happy with my boss.", "I am not happy with my boss."), ("I never eat meat.", "I eat meat."),
+    ("I introduced Ann to Bob.", "I introduced Bob to Ann."), ("I could swim.", "I could not swim.")])
+def test_other_words_or_another_order_neither_confirm_nor_exclude(first, second):
+    memory = tell(first, second, second)
+    assert ops(memory) == ["ADD", "ADD", "CONFIRM"]
+    assert [b.status for b in memory.beliefs.values()] == ["active", "active"]
 
 
-def test_a_chain_cannot_fork():
-    memory = tell("I live in Paris.", "I moved to Berlin.")
-    store, before = memory.store(), dcpm.snapshot(memory.store())
-    node = dcpm.copy.deepcopy(store.head(HOME))
-    node.id = "b99"
-    with pytest.raises(DcpmError, match="fork"):
-        store.commit("SUPERSEDE", [node.id], belief=dcpm.asdict(node), prev=store.chain(HOME)[0].id,
-                     kind="supersede")
-    assert dcpm.snapshot(store) == before
+@pytest.mark.parametrize("told, request_, shown", [
+    ("I moved to Paris.", "Please forget that I live in Paris.", "Paris"),
+    ("I love jazz.", "Can you forget that I like jazz?", "jazz"),
+    ("I have terrible migraines.", "Please forget that I have migraines.", "igraine"),
+    ("I walked to the old mill.", "Forget about the mill.", "mill")])
+def test_a_request_to_forget_is_read_as_a_claim_and_else_by_its_words(told, request_, shown):
+    memory = tell(told, request_)
+    assert ops(memory) == ["ADD", "SUPPRESS"] and memory.hidden == {"t1", "t2"}
+    assert shown not in recall(memory, told).text
 
 
-@pytest.mark.parametrize("text, window", [
-    ("on 25 May 2023", ("2023-05-25", "2023-05-25")), ("in June 2023", ("2023-06-01", "2023-06-30")),
-    ("yesterday", ("2024-05-14", "2024-05-14")), ("two weeks ago", ("2024-05-01", "2024-05-01")),
-    ("last month", ("2024-04-01", "2024-04-30")), ("in 2021", ("2021-01-01", "2021-12-31")),
-    ("last Friday", ("2024-05-10", "2024-05-10")), ("next week", ("2024-05-20", "2024-05-26")),
-    ("on 31 June", None), ("nothing", None), ("in December", ("2023-12-01", "2023-12-31")),
-    ("on March 3rd", ("2024-03-03", "2024-03-03"))])
-def test_dates_are_read_against_the_conversation(text, window):
-    assert dcpm.date_window(text, "2024-05-15") == window  # a Wednesday
+def test_a_request_that_fits_nothing_says_so():
+    memory = tell("I live in Paris.")
+    assert memory.observe("Please forget that I have gout.", "2024-05-02") == [] and not memory.hidden
+    assert memory.forget("") == [] and memory.forget("the") == []
+    assert not tell("I like tea.", "I will never forget tea.", "Did you forget the tea?").hidden
 
 
-@pytest.mark.parametrize("texts, slot, chain", [
-    (["I used to live in Rome.", "I moved to Madrid last March."], HOME,
-     [("Madrid", 1)]),  # Rome begins nothing
-    (["I'm a nurse at St. Mary's hospital."], ("user", "occupation", None), [("nurse", 1)]),
-    (["I became a vegetarian in 2021."], ("user", "diet", None), [("vegetarian", 1)]),
-    (["My brother Tom works at Shell."], ("brother", "employer", None), [("Shell", 1)]),
-    (["I've been playing tennis.", "I stopped playing tennis."], ("user", "hobby", "tenni"),
-     [("tennis", 1), ("tennis", -1)]),
-    (["We moved to Lisbon.", "They moved to Oslo."], HOME, [("Lisbon", 1)]),
-    (["My birthday is 3 May."], ("user", "birthday", None), [("3 May", 1)]),
-    (["My favourite colour is blue.", "My favorite colour is now green."], ("user", "favorite colour", None),
-     [("blue", 1), ("green", 1)]),
-    (["I quit my job.", "I started working at Globex yesterday!"], WORK, [("", 0), ("Globex", 1)])])
-def test_frames(texts, slot, chain):
-    memory = tell(*texts)
-    assert [(b.value, b.polarity) for b in memory.trail(slot)] == chain and memory.check() == []
-
-
-def test_forgotten_things_do_not_come_back_refined():
-    memory = tell("I have migraines.", "Forget my migraines.",
-                  "I have migraines, mostly at night.", "I no longer have migraines.")
-    assert [b.status for b in memory.trail(("user", "condition", "migrain"))] == ["suppressed"]
-    assert "igraine" not in memory.recall("migraines at night", "2024-06-01").text and memory.check() == []
-
-
-# ---------------------------------------------------------------- things that once went wrong
-@pytest.mark.parametrize("text", ["Don't forget that I like tea.", "I will never forget tea.",
-                                  "I forget how I make tea.", "Did you forget the tea?"])
-def test_to_speak_of_forgetting_is_no_request(text):
-    memory = tell("I like tea.", text)
-    assert not memory.store().hidden and memory.answer("Do I like tea?", "2024-06-01")[0].startswith("Yes")
-
-
-@pytest.mark.parametrize("text", ["Please forget the tea.", "Can you forget that I like tea?",
-                                  "OK, forget tea.", "I'd like you to forget about tea.",
-                                  "Don't remember that I like tea."])
-def test_requests_to_forget(text):
-    memory = tell("I like tea.", text)
-    assert memory.store().hidden and "tea" not in memory.recall("Do I like tea?", "2024-06-01").text
-
-
-def test_where_only_the_date_changed():
-    memory = tell("My birthday is 3 May.", "My birthday is 4 June.", "I'm flying to Rome on 10 June.",
-                  "I'm flying to Rome on 20 June.")
-    assert ops(memory) == ["ADD", "SUPERSEDE"] * 2
-    memory.sleep("2024-05-05")
-    assert memory.answer("When is my birthday?", "2024-05-06")[0] == "4 June"
-    assert "flying to Rome" in memory.answer("What is coming up?", "2024-06-15")[0]
-
-
-def test_a_stranger_does_not_get_the_users_facts():
-    memory = tell("I live in Paris.", "My best friend lives in Oslo.")
-    memory.observe("I live in Rome.", "2024-05-03", speaker="Bo Roe")
-    for question, answer in (("Where does Tom live?", "I don't know."), ("Where do I live?", "Paris"),
-                             ("Where does my brother live?", "I don't know."),
-                             ("Where does my best friend live?", "Oslo"), ("Where does Bo live?", "Rome")):
-        assert memory.answer(question, "2024-06-01")[0] == answer
-
-
-def test_two_claims_of_one_turn_about_one_chain():
-    memory = tell("I like coffee.", "I like coffee, but I gave up coffee.")
-    assert memory.answer("Do I like coffee?", "2024-06-01")[0].startswith("No")
-    memory = tell("I live in Paris.", "In 2021 I lived in Rome. In 2022 I lived in Lima.")
-    assert values(memory) == ["Rome", "Lima", "Paris"]
+def test_one_speaker_cannot_make_the_memory_forget_another():
+    memory = Memory()
+    for speaker, text in (("Ann", "I live in Rome."), ("Bo", "I live in Rome."),
+                          ("Bo", "Please forget that I live in Rome.")):
+        memory.observe(text, "2024-05-01", speaker=speaker)
+    assert [b.status for b in memory.beliefs.values()] == ["active", "suppressed"]
 
 
 def test_the_past_does_not_become_the_present_by_forgetting():
     memory = tell("I live in Rome.", "I moved to Paris.")
     memory.forget("Paris")
-    assert memory.answer("Where do I live?", "2024-06-01")[0] == "I don't know."
+    assert ask(memory, "Where do I live?") == UNKNOWN
     assert memory.as_of(HOME, "2024-06-01") is None and memory.as_of(HOME, "2024-05-01").value == "Rome"
-    assert "current" not in memory.recall("Where do I live?", "2024-06-01").text
+    assert "current" not in recall(memory, "Where do I live?").text
 
 
-def test_times_without_a_job():
-    memory = Memory()
-    for text, day in (("I work at Acme.", "2024-01-05"), ("I quit my job.", "2024-03-05")):
-        memory.observe(text, day)
-    assert memory.answer("Where do I work?", "2024-04-01")[0] == "Nothing."
-    memory.observe("I joined Globex.", "2024-05-05")
-    assert memory.answer("Where did I work in April 2024?", "2024-06-01")[0] == "Nothing."
-    assert memory.answer("Where did I work before Globex?", "2024-06-01")[0] == "Acme"
-
-
-def test_since_is_a_reason_or_a_date():
-    assert "tram" in tell("I live in Paris since the tram stops here.").trail(HOME)[0].reason
-    assert tell("I live in Paris since 2021.").trail(HOME)[0].reason == ""
-
-
-def test_a_forgotten_plan_is_no_intention():
-    memory = tell("I'm flying to Rome on 10 June.")
-    memory.sleep("2024-05-02")
-    (intention,) = memory.store().intentions
-    memory.forget("Rome")
+def test_schemas_cores_and_plans_on_something_forgotten_are_withdrawn():
+    memory = planner("I'm flying to Lima on 2024-06-10.")
+    (core,), (plan,), found = memory.cores, memory.intentions, schema(memory, "cooking")
+    text = found.text
+    memory.forget("checklist")
+    memory.forget("Lima")
     for _ in range(2):  # before and after the next night
-        assert "Rome" not in memory.dump() + str(memory.why(intention))
-        memory.sleep("2024-05-03")
-    again = tell("I'm flying to Rome on 10 June.")
-    again.forget("Rome")
-    again.sleep("2024-05-03")
-    assert not again.store().intentions
+        shown = memory.dump() + memory.recall("How do I cook in Lima?", "2024-06-02").text
+        assert text not in shown and memory.cores[core].text not in shown and "Lima" not in shown
+        assert memory.why(plan)["text"] == memory.why(core)["text"] == "(forgotten on request)"
+        memory.sleep("2024-06-02")
+    assert memory.schemas[found.id].status == memory.intentions[plan].status == "withdrawn"
+    assert memory.check() == []
 
 
-def test_the_sweep_looks_at_one_person_at_a_time():
-    memory, people = Memory(), ("Ann", "Bo", "Cy", "Di", "home")  # one is called like a domain
-    scenes = ("dinner", "trip", "report", "lawn", "race", "concert", "exam", "birthday")
-    for n, person in enumerate(people):
-        for i in range(3):
-            for scene in scenes:
-                phrase = ("wrote a checklist for", "prepared weeks ahead", "made an agenda for")[i]
-                day = f"2024-05-{9 * i + n + 1:02d}"
-                memory.observe(f"I {phrase} the {scene}.", day, f"s{i}", speaker=person)
+def test_a_name_is_part_of_the_subject():
+    memory = tell("My sister Ann lives in Rome.", "My sister Bea lives in Oslo.", "My friend moved to Lima.")
+    assert ops(memory) == ["ADD"] * 3
+    for name, city in (("Ann", "Rome"), ("Bea", "Oslo"), ("my friend", "Lima"), ("Cy", UNKNOWN),
+                       ("my brother", UNKNOWN), ("my teacher", UNKNOWN)):
+        assert ask(memory, f"Where does {name} live?") == city
+
+
+def test_speakers_have_lines_of_their_own_and_strangers_get_no_answer():
+    memory = tell("I live in Paris. I like coffee.")
+    memory.observe("I live in Rome. My sister lives in Oslo.", "2024-05-03", speaker="Bo Roe")
+    memory.observe("You live in Lima.", "2024-05-03", speaker="assistant")
+    for question, answer in (("Where do I live?", "Paris"), ("Where does Bo live?", "Rome"),
+                             ("Where does Tom live?", UNKNOWN), ("Does Tom like coffee?", UNKNOWN)):
+        assert ask(memory, question) == answer
+    assert {slot[0] for slot in memory.heads} == {"user", "Bo Roe", "Bo Roe's sister"}
+
+
+def test_recall_shows_no_filler():
+    memory = tell("I saw a bridge.", "I heard a violin.", "I painted a door.")
+    assert Memory().recall("Where?", "2024-06-01").ids == recall(memory, "Volcanoes?").ids == []
+    assert set(recall(memory, "Which violin?").ids) <= {"b2", "t2", "t3"}  # t3 comes after it
+
+
+def test_superseded_versions_bring_their_chain():
+    memory = tell("I live in Paris.", "I moved to Berlin.", "I moved to Rome.")
+    text = recall(memory, "Did I ever live in Paris?").text
+    assert "Paris (2024-05-01) → Berlin (2024-05-02) → Rome (2024-05-03, current)" in text
+
+
+def test_a_chain_cannot_fork():
+    memory = tell("I live in Paris.", "I moved to Berlin.")
+    paris, berlin = memory.trail(HOME)
+    before = dcpm.snapshot(memory)
+    with pytest.raises(DcpmError, match="fork"):
+        memory.commit("SUPERSEDE", ["b9"], belief=dcpm.asdict(replace(berlin, id="b9")), prev=paris.id)
+    assert dcpm.snapshot(memory) == before
+
+
+def test_two_people_are_generalised_apart():
+    memory = Memory()
+    for n, person in enumerate(("Ann", "Bo")):
+        for i, text in enumerate(ALL):
+            memory.observe(text, f"2024-05-{i + 1:02d}", f"s{i}", speaker=person)
     memory.sleep("2024-06-01")
-    assert sorted(c.subject for c in memory.store().cores.values()) == sorted(people)
-    assert all(len(c.members) == len(scenes) for c in memory.store().cores.values())
+    assert sorted(c.subject for c in memory.cores.values()) == ["Ann", "Bo"] and len(memory.schemas) == 10
+    for core in memory.cores.values():
+        assert {memory.beliefs[i].slot[0] for i in core.evidence} == {core.subject}
 
 
-def test_letters_that_only_look_like_ascii():
-    memory = tell("I am going to Rome th\u0131s week.", "I like \ud83d tea.",
-                  "In \u017feptember I lived in Lima.")
-    assert len(memory.store().turns) == 3 and memory.check() == []
+# ---------------------------------------------------------------- the controlled language
+@pytest.mark.parametrize("text, attribute, value, polarity", [
+    ("I live in Paris", "residence", "Paris", 1), ("I don't live in Paris anymore", "residence", "Paris", -1),
+    ("I'm back in Rome", "residence", "Rome", 1), ("I joined Globex because I can", "employer", "Globex", 1),
+    ("I quit my job", "employer", "", 0), ("I am married to Bo", "partner", "Bo", 1),
+    ("I became a vegan in 2021", "diet", "vegan", 1), ("I adopted a dog", "possession", "dog", 1),
+    ("I gave away my dog", "possession", "dog", -1), ("I took up rowing", "hobby", "rowing", 1),
+    ("I hate coffee", "likes", "coffee", -1), ("I gave up coffee", "?", "coffee", -1),
+    ("On 2024-01-05 I moved to Lima", "residence", "Lima", 1), ("I joined a gym", "event", None, 1),
+    ("I'm flying to Rome on 2024-06-10", "plan", "flying to Rome", 1)])
+def test_frames(text, attribute, value, polarity):
+    claim = dcpm.read_clause(text, "user", "2024-05-15")
+    assert (claim.attribute, claim.value, claim.polarity) == (attribute, value or claim.value, polarity)
 
 
-@pytest.mark.parametrize("told, question, answer", [
-    ("I live in Paris.", "Do I live in Berlin?", "Paris"),
-    ("I live in Paris.", "Do I live in Paris?", "Yes, since"),
-    ("I live in Paris.", "Did I live in Paris?", "Yes, since"),
-    ("I work at Acme.", "Do I work at Initech?", "Acme"),
-    ("I like coffee.", "Do I like coffee?", "Yes, since"),
-    ("I like coffee.", "Do I hate coffee?", "I like coffee"),
-    ("I like hot dogs.", "Do I like hot chocolate?", "I like hot dogs"),
-    ("I like coffee.", "Does my sister like coffee?", "I don't know."),
-    ("I like coffee.", "Does Tom like coffee?", "I don't know."),
-    ("I live in Paris.", "Where does my teacher live?", "I don't know."),
-    ("I never eat meat.", "What do I eat?", "I never eat meat")])
-def test_answers_say_no_more_than_is_known(told, question, answer):
-    assert tell(told).answer(question, "2024-06-01")[0].startswith(answer)
+@pytest.mark.parametrize("text, window", [
+    ("on 2023-05-25", ("2023-05-25", "2023-05-25")), ("in June 2023", ("2023-06-01", "2023-06-30")),
+    ("back in 2021", ("2021-01-01", "2021-12-31")), ("yesterday", ("2024-05-14", "2024-05-14")),
+    ("last week", ("2024-05-06", "2024-05-12")), ("next week", ("2024-05-20", "2024-05-26")),
+    ("on 2024-02-31", None), ("in December 2023", ("2023-12-01", "2023-12-31")), ("nothing", None)])
+def test_dates_are_read_against_the_conversation(text, window):
+    assert dcpm.date_window(text, "2024-05-15") == window  # a Wednesday
 
 
-@pytest.mark.parametrize("text", [
-    "Tom said I moved to Oslo.", "It's not true that I live in Rome.", "Do I live in Rome", "I joined a gym.",
-    "Ask me whether I live in Lima.", "When I lived in Lima, I worked at Acme.", "I switched to decaf.",
-    "I lived in Rome for ten years.", "I lived in Rome when I was a child.", "I moved to the couch.",
-    "In my dream I live in Rome.", "My name is not Bob.", "I was called by the bank."])
-def test_what_only_looks_like_a_fact_changes_no_chain(text):
-    memory = tell("I live in Paris. I work at Globex. My name is Ann.", text)
-    assert values(memory) == ["Paris"] and values(memory, WORK) == ["Globex"]
-    assert values(memory, ("user", "name", None)) == ["Ann"]
-
-
-@pytest.mark.parametrize("text", ["I was born on 10 June.", "I had surgery in July.",
-                                  "I was going to fly to Rome on 10 June."])
-def test_what_is_over_is_no_plan(text):
-    memory = tell(text)
-    memory.sleep("2024-05-02")
-    assert not memory.store().intentions
-
-
-def test_a_denied_plan_is_withdrawn():
-    memory = tell("I'm flying to Rome on 10 June.", "I'm not flying to Rome on 10 June anymore.")
-    memory.sleep("2024-05-03")
-    assert memory.answer("What is coming up?", "2024-05-04")[0] == "Nothing that I know of."
-
-
-def test_a_birthday_tomorrow_is_a_date():
-    assert values(tell("My birthday is tomorrow."), ("user", "birthday", None)) == ["2024-05-02"]
-
-
-@pytest.mark.parametrize("text", [
-    "Forget my migraines, please.", "Please forget what I told you about my migraines.",
-    "Please forget everything about my migraines.", "Please forget that I ever had migraines.",
-    "Delete my migraines from your memory.", "Please forget that I have migraines."])
-def test_ways_to_ask_for_forgetting(text):
-    memory = tell("I suffer from migraines.", "Forget it, I have a headache.", text)
-    statuses = [b.status for b in memory.store().beliefs.values() if "migraine" in b.text]
-    assert statuses == ["suppressed"] and len(memory.store().hidden) == 2
+def test_reasons_and_changes_are_told():
+    memory = tell("I live in Paris.", "I moved to Berlin because Acme hired me.")
+    assert "because Acme hired me" in ask(memory, "Why do I live in Berlin?")
+    assert "Paris (2024-05-01) → Berlin" in recall(memory, "How did where I live change?").text
