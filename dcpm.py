@@ -1390,8 +1390,8 @@ STORY = """
 2024-02-03|I wrote an itinerary for the flight. I run alone.
 2024-02-17|I prepared the report weeks ahead. I wrote a checklist for the cake.
 2024-03-02|I moved to Berlin because Acme closed in Paris. I went to the gym by myself.
-2024-03-16|I booked the hotel in advance. I got a cheaper guitar. I had a list for a meeting. I have migraines.
-2024-03-30|I had a list for the stew. I did the race solo. I still live in Berlin.
+2024-03-16|I booked the hotel in advance. I got a cheaper guitar. I had a list for the meeting.
+2024-03-30|I had a list for the stew. I did the race solo. I still live in Berlin. I have migraines.
 2024-04-13|Back in 2021 I lived in Rome. I had a schedule for the journey. Maybe I'll move to Lima.
 2024-04-27|I made a schedule for the project. I gave up coffee. I'm flying to Rome on 2024-06-10.
 2024-05-11|I got a concert ticket on sale. I haggled over a piano. Please forget that I have migraines."""
