@@ -40,6 +40,7 @@ import sys
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -265,7 +266,7 @@ class Vectors:
     """Unit vectors of texts, each embedded once. Questions are not kept: reading must change nothing."""
 
     def __init__(self, embed):
-        self.embed, self.row, self.matrix = embed, {}, None
+        self.embed, self.row, self.matrix, self.found = embed, {}, None, []
 
     def __call__(self, texts):
         """texts -> (n, d), dense or sparse as the encoder gives them."""
@@ -278,7 +279,11 @@ class Vectors:
 
     def search(self, docs, question):
         """How well each of the store's docs fits a question; (docs,)."""
-        rows, query = self([text for _, text, _ in docs]), self.embed([question])   # (docs, d), (1, d)
+        new = [text for _, text, _ in docs[len(self.found):]]  # since the last search
+        if new:
+            self(new)
+        self.found += [self.row[text] for text in new]
+        rows, query = self.matrix[self.found], self.embed([question])               # (docs, d), (1, d)
         if not sparse.issparse(rows):
             return cosines(rows, query)[:, 0]
         # idf(w) = 1 + ln((N + 1) / (n + 1)). A concept counts as one word: at its full weight it would hide
@@ -658,7 +663,7 @@ def search(memory, question):
     query = " ".join(w for w in question.split() if not set(words(w)) & names) or question
     own = memory.vectors.search(memory.docs, query)                                 # (docs,)
     # score = own + 0.5 of the turn before in its session: an answer seldom repeats the words of its question
-    before = np.array([place for _, _, place in memory.docs])                       # (docs,)
+    before = np.fromiter((place for _, _, place in memory.docs), int)               # (docs,)
     scores = own + 0.5 * np.where(before >= 0, own[before], 0)                      # (docs,)
     best = [i for i in np.argsort(-scores, kind="stable")[:300] if scores[i] >= memory.limits.hit]
     return [(float(scores[i]), memory.docs[i][0]) for i in best if memory.docs[i][0] not in memory.hidden]
@@ -825,7 +830,8 @@ class Memory(Store):
         for text, t, session, speaker in turns:
             kept.append(Turn(self.new_id("t"), session, speaker, text, t))
             self.commit("RAW", [kept[-1].id], kept[-1].id, turn=asdict(kept[-1]))
-        earlier = [t for t in self.turns.values() if t.id not in self.hidden][-len(kept) - 6:]
+        latest = islice(reversed(self.turns.values()), len(kept) + 6)
+        earlier = [t for t in latest if t.id not in self.hidden][::-1]
         for turn, (claims, forget) in zip(kept, self.backend.extract(kept, earlier)):
             if claims is None:  # the turn is kept, the failure is on record
                 self.commit("FAILED", [turn.id], turn.id, "no usable answer from the model")
