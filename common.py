@@ -350,6 +350,7 @@ def read_rows(source: str) -> list[dict]:
             return rows
         import datasets  # slow to import, so only where it is needed
         datasets.disable_progress_bars()
+        datasets.utils.logging.set_verbosity(50)  # critical: else it tells of a bad file, too
         if kind in ("csv", "parquet"):
             return list(datasets.load_dataset(kind, data_files=source, split="train"))
         if not hub_reachable():

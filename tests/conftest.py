@@ -66,8 +66,9 @@ class Server:
                 usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
                 good = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
                         "choices": [choice], "usage": usage}
-                reply = json.dumps(good if status == 200 else {"error": "no"}).encode()
-                reply = text if isinstance(text, bytes) else reply
+                reply = text
+                if not isinstance(text, bytes):
+                    reply = json.dumps(good if status == 200 else {"error": "no"}).encode()
                 try:
                     handler.send_response(status)
                     for name, value in [("Content-Length", str(len(reply))), *headers]:
