@@ -286,6 +286,7 @@ class Vectors:
             self(new)
             self.found += [self.row[text] for text in new]
             self.docs = self.matrix[self.found]                                     # (docs, d)
+            self.before = np.array([place for _, _, place in docs])                 # (docs,)
             if scale is not None:
                 self.lengths = np.sqrt(self.docs.power(2) @ scale)                  # (docs,)
                 self.counts = np.bincount(self.docs.indices, minlength=len(scale))  # (d,)
@@ -666,7 +667,7 @@ def search(memory, question):
     query = " ".join(w for w in question.split() if not set(words(w)) & names) or question
     own = memory.vectors.search(memory.docs, query)                                 # (docs,)
     # score = own + 0.5 of the turn before in its session: an answer seldom repeats the words of its question
-    before = np.fromiter((place for _, _, place in memory.docs), int)               # (docs,)
+    before = memory.vectors.before                                                  # (docs,)
     scores = own + 0.5 * np.where(before >= 0, own[before], 0)                      # (docs,)
     best = [i for i in np.argsort(-scores, kind="stable")[:300] if scores[i] >= memory.limits.hit]
     return [(float(scores[i]), memory.docs[i][0]) for i in best if memory.docs[i][0] not in memory.hidden]
