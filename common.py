@@ -119,7 +119,7 @@ def parse(config_class, argv=None):
     for name, value in vars(config).items():
         if type(value) in (int, float) and not least.get(name, 0) <= value < math.inf:
             fail(f"--{name} {value} is out of range; give {least.get(name, 0)} or more")
-    for flags in (("resume", "overwrite"), ("compare", "explain", "cascade", "build_teacher_cache", "plot")):
+    for flags in (("resume", "overwrite"), ("compare", "explain", "cascade", "plot")):
         if len(given := [f"--{flag}" for flag in flags if getattr(config, flag, False)]) > 1:
             fail(f"{' and '.join(given)} contradict each other; give one of them")
     return config

@@ -4,7 +4,8 @@
 
 One person, eight sessions, forty turns: three habits, each in three areas of life and never named, two moves,
 one change of job, one thing asked to be forgotten. One night, then twenty questions. The model answers them
-from the context of either memory; a fact is right if the answer holds the word, a choice if it names its letter.
+from the context of either memory; a fact is right if the answer holds the word, a choice if it names its
+letter.
 """
 import re
 import sys
@@ -70,15 +71,15 @@ span|What did my brother call his boat?|kestrel
 span|Where did I find my desk lamp?|flea market
 other person|Where does my brother Tim live?|hull
 coming up|Whom am I going to visit in August?|tim
-forgotten|Do I have a health problem?|no information/not known/no mention/don't know/not mention/unknown/no record
-unanswerable|What is my sister's name?|no information/not known/no mention/don't know/not mention/unknown/no record
+forgotten|Do I have a health problem?|no information/not known/no mention/not mention/don't know
+unanswerable|What is my sister's name?|no information/not known/no mention/not mention/don't know
 implicit, seen|What would suit me for my next dinner party? (a) improvise with what is in the fridge \
 (b) a written plan for each course (c) order a takeaway at the last minute (d) let the guests decide|b
 implicit, seen|What would suit me for my next sports trip? (a) a team camp (b) a busy gym class \
 (c) a solitary long-distance walk (d) a doubles tournament|c
-implicit, seen|How should I get a new wardrobe for my flat? (a) designer furniture (b) the first one I see, new \
+implicit, seen|How should I get a new wardrobe for my flat? (a) designer furniture (b) the first one I see \
 (c) a rental with butler service (d) second hand, mended by me|d
-implicit, unseen|How should I start a vegetable garden? (a) just throw seeds and see (b) buy whatever is there \
+implicit, unseen|How should I start a vegetable garden? (a) throw seeds and see (b) buy whatever is there \
 on the day (c) decide each morning on a whim (d) draw the beds and a sowing calendar in winter|d
 implicit, unseen|How would I like to learn Italian? (a) by myself with a book (b) in a lively group \
 (c) in a conversation club (d) with a class of friends|a

@@ -437,7 +437,8 @@ def test_sft_trains_on_the_prompt_that_thinking_asks_for(tiny, monkeypatch):
     monkeypatch.setattr(common, "token_logps", lambda m, ids, *rest: seen.append(ids) or score(m, ids, *rest))
     for thinking in (False, True):
         config = quick("unused", thinking=thinking)
-        ropd.sft_update(student, tok, torch.optim.AdamW(student.parameters(), lr=config.rate), [task], [[RIGHT]], config, 0)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate)
+        ropd.sft_update(student, tok, optimizer, [task], [[RIGHT]], config, 0)
     without, opened = (tok.decode(ids[0]) for ids in seen)
     assert "<think>" not in without and "assistant\n<think>" + RIGHT in opened
 
