@@ -163,7 +163,7 @@ def run_benchmark(bank, personas, budget, seed=0, make=dcpm.Memory):
     table, slots = {name: np.zeros((personas, len(KINDS))) for name in CONDITIONS}, []
     for p, memory, now, questions in people(bank, personas, make, seed):
         memory.sleep(now)
-        slots += [b.slot[1] not in ("event", "maybe") for b in memory.beliefs.values() for _ in b.sources]
+        slots += [b.slot[1] != "event" for b in memory.beliefs.values() for _ in b.sources]
         fake = placebo(memory, random.Random(f"placebo-{seed}-{p}"))
         tfidf, scores = tfidf_scorer([turn.text for turn in memory.turns.values()]), defaultdict(list)
         for kind, question, options, right in questions:

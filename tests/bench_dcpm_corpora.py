@@ -164,7 +164,7 @@ def answers(memory, q, conditions):
     asked = "\n".join([q.text, *q.options, "End with the letter."] if q.options else [q.text])
     replies = memory.backend.chat([[{"role": "user", "content": dcpm.ANSWER.format(
         context=context(memory, q, name) or "(nothing)", question=asked)}] for name in conditions])
-    memory.backend.calls += len(conditions)
+    memory.backend.tally["calls"] += len(conditions)
     memory.backend.failures["answer"] += sum(not reply for reply in replies)
     return [reply or "" for reply in replies]
 
@@ -228,13 +228,13 @@ def run(args):
         left = max(0, args.ask - len(scores) // len(conditions)) if args.model else 0
         scores += evaluate(sample, memory, left, conditions)
         found += evidence_recall(sample, memory)
-        slots = sum(b.slot[1] not in ("event", "maybe") for b in memory.beliefs.values())
+        slots = sum(b.slot[1] != "event" for b in memory.beliefs.values())
         sizes = map(len, (memory.turns, memory.beliefs, memory.schemas, memory.cores))
         print("{}: {} turns, {} beliefs, {} schemas, {} cores,".format(sample.name, *sizes), slots, "slots")
     print_table("evidence recall @5 @10 @20", found)
     if args.model:
         print_table("answers (LongMemEval: containment of the gold answer)", scores)
-        print(f"{memory.backend.calls} model calls, failures {dict(+memory.backend.failures)}")
+        print(f"{memory.backend.tally['calls']} model calls, failures {dict(+memory.backend.failures)}")
 
 
 def main(argv=None):

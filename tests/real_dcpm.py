@@ -158,7 +158,7 @@ def main():
     for name, kinds in table.items():
         cells = [f"{sum(v)}/{len(v)}" for v in kinds.values()]
         print(f"| {name} | " + " | ".join(cells) + f" | {sum(sum(v) for v in kinds.values())} |")
-    print(f"model calls {real.backend.calls}, failures after all tries {dict(+real.backend.failures)}")
+    print(f"model calls {real.backend.tally['calls']}, failures after all tries {dict(+real.backend.failures)}")
 
 
 if __name__ == "__main__":

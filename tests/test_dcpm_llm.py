@@ -101,7 +101,7 @@ def test_unusable_answers_keep_the_turn_and_count_the_failure(bad):
     memory = tell(chat, "I live in Paris.")
     assert not memory.beliefs and memory.log[-1].op == "FAILED" and memory.check() == []
     assert memory.backend.failures["extract"] == 1
-    assert len(chat.seen) == memory.backend.calls == (1 if bad is None else 3)
+    assert len(chat.seen) == memory.backend.tally["calls"] == (1 if bad is None else 3)
     assert "Paris" in memory.recall("Where in Paris?", "2024-06-01").text  # the raw turn can still be found
 
 
@@ -265,11 +265,11 @@ def test_habits_in_other_words_collide_into_one_core():
 
 def test_a_second_night_asks_nothing_even_if_the_model_would_find_more():
     memory, chat = night()
-    before, calls = dcpm.snapshot(memory), memory.backend.calls
+    before, calls = dcpm.snapshot(memory), memory.backend.tally["calls"]
     chat.answers["induce"] = [{"schemas": [{"domain": "x", "text": "By chance.", "evidence": ["b1", "b2"]}]}]
     chat.answers["core"] = [{"text": "Something else."}]
     memory.sleep("2024-06-01")
-    assert dcpm.snapshot(memory) == before and memory.backend.calls == calls
+    assert dcpm.snapshot(memory) == before and memory.backend.tally["calls"] == calls
 
 
 def test_what_is_known_is_extended_and_stripped_once():
