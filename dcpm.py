@@ -1330,10 +1330,11 @@ class Rules:
         asked, people, q = asked_about(question), people_in(memory, question), set(words(question))
 
         def fit(line):
-            subject, attribute, _ = memory.beliefs[line.id].slot if line.id in memory.beliefs else ("", "", "")
-            return attribute in asked and subject in people, len(q & set(words(line.text))), line.channel == "fact"
+            subject, attribute, _ = memory.beliefs[line.id].slot if line.channel == "fact" else ("", "", "")
+            shared = len(q & set(words(line.text)))
+            return attribute in asked and subject in people, shared > 0 and line.channel == "fact", shared
         best = max(recall(memory, question, now).lines, key=fit, default=None)
-        return (best.text, [best.id]) if best and any(fit(best)[:2]) else ("I don't know.", [])
+        return (best.text, [best.id]) if best and any(fit(best)) else ("I don't know.", [])
 
 
 # ------------------------------------------------------------------ the story
@@ -1367,7 +1368,8 @@ def tell_story(memory):
               f"   the others reach {high:.2f}; the limit is {memory.limits.alike:.2f}.\n")
     for n in [*memory.schemas.values(), *memory.cores.values()]:
         print(f"   [{n.id}] {n.text} ({n.status}, {n.confidence:.2f}, {len(n.evidence)} beliefs)")
-    print(*(f"   [{i.id}] {i.text} ({i.status} until {i.until})" for i in memory.intentions.values()), sep="\n")
+    for i in memory.intentions.values():
+        print(f"   [{i.id}] {i.text} ({i.status} until {i.until})")
     question = "How should I get ready for my first aquarium?"
     print(f"\n4. The context for a question about a domain that never came up: {question}\n")
     print(*(f"   {line}" for line in memory.recall(question, now, 50).lines), sep="\n")

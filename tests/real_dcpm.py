@@ -88,9 +88,9 @@ implicit, unseen|Which telephone should I get? (a) the newest flagship (b) a ref
 NOW = "2024-07-02"
 
 
-def tell(name, make):
+def tell(name, memory):
     """Ingest the story, sleep one night; prints what became of it. -> memory"""
-    memory, began = make(), time.time()
+    began = time.time()
     turns = [line.split("|") for line in STORY.strip().split("\n")]
     memory.ingest([(text, day, day, "user") for day, text in turns])
     day_time, began = time.time() - began, time.time()
@@ -107,6 +107,16 @@ def tell(name, make):
     for node in [*memory.schemas.values(), *memory.cores.values(), *memory.intentions.values()]:
         print(f"   [{node.id}] {node.text} ({node.status}; {getattr(node, 'behaviour', '')[:90]})")
     return memory
+
+
+def watched(chat):
+    """The chat model, with a line for every call: a story takes minutes."""
+    def call(conversations, **sampling):
+        began = time.time()
+        replies = chat(conversations, **sampling)
+        print(f"   {len(conversations)} replies in {time.time() - began:.0f} s", flush=True)
+        return replies
+    return call
 
 
 def count(nodes):
@@ -144,9 +154,10 @@ def main():
     args = parser.parse_args()
     if not args.model:
         dcpm.fail("this needs --backend llm --model DIR_OR_URL")
-    make = dcpm.make_memory(args)
-    real = tell("model", make)
-    rules = tell("rules", dcpm.Memory)
+    empty = dcpm.make_memory(args)()
+    empty.backend.chat = watched(empty.backend.chat)
+    real = tell("model", empty)
+    rules = tell("rules", dcpm.Memory())
     questions = [line.split("|") for line in QUESTIONS.strip().split("\n")]
     conditions = {"System1": {"schemas": False}, "System1+2": {}}
     table = {}
@@ -158,7 +169,7 @@ def main():
     for name, kinds in table.items():
         cells = [f"{sum(v)}/{len(v)}" for v in kinds.values()]
         print(f"| {name} | " + " | ".join(cells) + f" | {sum(sum(v) for v in kinds.values())} |")
-    print(f"model calls {real.backend.tally['calls']}, failures after all tries {dict(+real.backend.failures)}")
+    print(f"calls {real.backend.tally['calls']}, failures after all tries {dict(+real.backend.failures)}")
 
 
 if __name__ == "__main__":
