@@ -1212,7 +1212,7 @@ FRAMES = [(attribute, polarity, re.compile(rf"^(?:{pattern})$", re.I)) for attri
     ("possession", 1, r"(?:have|has|own|bought|got|adopted) an? (?P<v>.+)"),
     ("possession", -1, r"(?:sold|lost|gave away) (?:my|his|her) (?P<v>.+)"),
     ("hobby", 1, r"(?:plays?|took up) (?P<v>.+)"),
-    ("likes", 1, r"(?:likes?|loves?|enjoys?|(?:am|is) (?:drink|eat|play|do)ing) (?P<v>.+)"),
+    ("likes", 1, r"(?:likes?|loves?|enjoys?|(?:am|is) \w+ing(?= .+ again)) (?P<v>.+)"),
     ("likes", -1, r"(?:dislikes?|hates?|gave up|stopped|quit) (?P<v>.+)"))]
 SHORT = {"’": "'", "I'm": "I am", "I'll": "I will", "I've": "I have", "n't": " not"}
 PLAN = re.compile(r"^(?:am|is|will|plan to) (?P<v>.+)$", re.I)
@@ -1280,6 +1280,7 @@ def tidy(value):
 ASK = {  # attribute -> how a question asks for it
     "residence": r"\b(?:live|lived|moved? to)\b", "employer": r"\b(?:work|employer|job)\b",
     "partner": r"\b(?:partner|married|engaged)\b", "diet": r"\bdiet\b"}
+
 def asked_about(question):
     """Single-valued attributes that a question is about."""
     return [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)]
