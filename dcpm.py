@@ -1281,6 +1281,7 @@ ASK = {  # attribute -> how a question asks for it
     "residence": r"\b(?:live|lived|moved? to)\b", "employer": r"\b(?:work|employer|job)\b",
     "partner": r"\b(?:partner|married|engaged)\b", "diet": r"\bdiet\b"}
 
+
 def asked_about(question):
     """Single-valued attributes that a question is about."""
     return [a for a, pattern in ASK.items() if re.search(pattern, question, re.I)]
