@@ -150,21 +150,13 @@ def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypa
         assert torch.allclose(g, gradients[0], atol=1e-6)
 
 
-def test_update_without_signal_moves_nothing(tok, model):
+def test_no_signal_and_no_finite_gradient_move_nothing(tok, model):
     student = copy.deepcopy(model)
-    config, rollouts = common.Config(), some_rollouts(student, tok)
-    optimizer = adamw(student)
+    optimizer, rollouts = adamw(student), some_rollouts(student, tok)
     ones, zeros = torch.ones(len(rollouts.ids), 1), torch.zeros(len(rollouts.ids), 1)
-    common.update(student, optimizer, rollouts, ones, config, 9)  # fills Adam's momentum
+    common.update(student, optimizer, rollouts, ones, common.Config(), 9)  # fills Adam's momentum
     before = [p.clone() for p in student.parameters()]
-    common.update(student, optimizer, rollouts, zeros, config, 9)
-    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters()))
-
-
-def test_a_gradient_that_is_not_finite_is_skipped(tok, model):
-    student = copy.deepcopy(model)
-    optimizer = adamw(student)
-    before = [p.clone() for p in student.parameters()]
+    common.update(student, optimizer, rollouts, zeros, common.Config(), 9)
     (next(student.parameters()).sum() * math.nan).backward()
     assert math.isnan(common.apply_gradients(student, optimizer, 9, 1e-3))
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters()))
@@ -191,8 +183,9 @@ def call(expression, name="calculator"):
 
 def run_script(monkeypatch, tok, model, rows, **how):
     """rows: per row a list of turns. In place of common.choose, each row gets its own ids, in order."""
-    scripts = [[i for turn in turns for i in [*(turn if isinstance(turn, list) else common.encode(tok, turn)),
-                                              common.end_of_turn(tok)]] for turns in rows]
+    scripts = [iter([i for turn in turns for i in [*(turn if isinstance(turn, list) else
+                                                     common.encode(tok, turn)), common.end_of_turn(tok)]])
+               for turns in rows]
     made, batch = [], []
 
     class Row(common.Row):
@@ -204,8 +197,8 @@ def run_script(monkeypatch, tok, model, rows, **how):
     def choose(logits, temperature, generator):
         if len(logits) < len(batch):  # the rollout has dropped the rows that are done
             batch[:] = [i for i in batch if not made[i].done]
-        token = torch.tensor([0 if made[i].queue or made[i].done else  # 0: overruled, or dropped
-                              scripts[i][sum(e[1] for e in made[i].response)] for i in batch])
+        token = torch.tensor([0 if made[i].queue or made[i].done else next(scripts[i])  # 0: dropped
+                              for i in batch])
         logps = torch.log_softmax(logits / temperature, -1)
         return token, logps.gather(1, token[:, None])[:, 0], common.entropy_of(logps)
     with monkeypatch.context() as patch:
@@ -287,19 +280,10 @@ def test_same_seed_same_rollouts_and_greedy_is_the_argmax(tok, model):
     assert torch.equal(logits[:, :-1].argmax(-1)[chosen], greedy.ids[:, 1:][chosen])
 
 
-QWEN_LIKE = """{%- for m in messages %}{%- if m.role == 'assistant' %}<|im_start|>assistant
-{% if loop.last %}<think>
-
-</think>
-
-{% endif %}{{ m.content }}<|im_end|>
-{% elif m.role == 'tool' %}<|im_start|>user
-<tool_response>
-{{ m.content }}
-</tool_response><|im_end|>
-{% else %}<|im_start|>{{ m.role }}
+# Shows no tools, knows no role `tool`, and closes the thinking block where thinking is off, as Qwen3's does.
+OTHER = """{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
-{% endif %}{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% if not enable_thinking %}<think>
 
 </think>
@@ -307,18 +291,18 @@ QWEN_LIKE = """{%- for m in messages %}{%- if m.role == 'assistant' %}<|im_start
 {% endif %}{% endif %}"""
 
 
-def test_tool_glue_comes_from_the_template(tok):
-    other = copy.deepcopy(tok)
-    other.chat_template = QWEN_LIKE  # renders the last assistant turn differently, as Qwen3 does
+def test_templates(tok):
+    """What stands around a tool's answer comes from the template; the tool is shown, whatever the template."""
+    other, tool = copy.deepcopy(tok), common.TOOLS["calculator"]
+    other.chat_template = OTHER
     glue = "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     assert tok.decode(common.tool_message_ids(tok, "5")) == glue
     assert tok.decode(common.tool_message_ids(other, "5")) == glue + "<think>\n\n</think>\n\n"
     assert tok.decode(common.tool_message_ids(other, "5", thinking=True)) == glue
-    template = QWEN_LIKE.replace("m.role == 'tool'", "false")
-    other.chat_template = template.replace("{% else %}", "{% elif m.role == 'user' %}")
-    common.tool_glue.cache_clear()
-    assert "<tool_response>\n5\n</tool_response>" in tok.decode(common.tool_message_ids(other, "5"))
-    common.tool_glue.cache_clear()
+    for messages in (ask("1+1?").messages, [{"role": "system", "content": "1+1?"}, *ask("2?").messages]):
+        for t in (tok, other):
+            text = tok.decode(common.prompt_ids(t, messages, tool))
+            assert "Evaluates one arithmetic expression." in text and "expression" in text and "1+1?" in text
 
 
 def test_no_text_in_a_prompt_can_begin_or_end_a_turn(tok):
@@ -334,17 +318,6 @@ def test_no_text_in_a_prompt_can_begin_or_end_a_turn(tok):
     assert [i for i in written if i in special] == [i for i in plain if i in special]
 
 
-def test_tool_schema_reaches_the_prompt_whatever_the_template(tok):
-    other, tool = copy.deepcopy(tok), common.TOOLS["calculator"]
-    other.chat_template = QWEN_LIKE
-    for t in (tok, other):
-        text = tok.decode(common.prompt_ids(t, ask("1+1?").messages, tool))
-        assert "Evaluates one arithmetic expression." in text and "expression" in text
-    system = [{"role": "system", "content": "Be brief."}, *ask("1+1?").messages]
-    text = tok.decode(common.prompt_ids(other, system, tool))
-    assert text.count("<|im_start|>system") == 1 and "Be brief." in text
-
-
 # -------------------------------------------------------------------------------------------- tools
 @pytest.mark.parametrize("expression, answer", [
     ("(4+1)%10", "5"), ("-3%10", "7"), ("2**10", "1024"), ("7/2", "3.5"), ("1e3", "1000"), ("  6*7 ", "42")])
@@ -352,16 +325,16 @@ def test_calculator(expression, answer):
     assert common.run_calculator({"expression": expression}) == (answer, "ok")
 
 
-@pytest.mark.parametrize("expression", ["4+*1", "", "1/0", "9**9**9", "__import__('os')", "a", "1j", "'x'*3",
-                                        "(" * 300, "1e999", "True", "(-8)**.5", "\x00"])
-def test_calculator_refuses(expression):
-    assert common.run_calculator({"expression": expression}) == (common.BAD_EXPRESSION, "error")
+def test_calculator_refuses():
     assert common.run_calculator({}) == (common.BAD_EXPRESSION, "error")
+    for expression in ("4+*1", "", "1/0", "9**9**9", "__import__('os')", "a", "1j", "'x'*3", "(" * 300, "1e999",
+                       "True", "(-8)**.5", "1<2", "not 1", "f(1)"):
+        assert common.run_calculator({"expression": expression}) == (common.BAD_EXPRESSION, "error"), expression
 
 
 def test_python_tool():
     run = common.run_python
-    assert run({"code": "x = 6\nx * 7"}) == ("42", "ok")
+    assert run({"code": "x = 6\nx * 7"}) == ("42", "ok") and run({"code": "[].append(1)"})[0] == "(no output)"
     assert run({"code": "text\n```python\nprint(1)\n```"}) == ("1", "ok")
     text, status = run({"code": "1/0"})
     assert status == "error" and "ZeroDivisionError" in text and len(text) <= 273
@@ -390,17 +363,13 @@ def test_parse_tool_call():
 
 # --------------------------------------------------------------------------------- answers and data
 @pytest.mark.parametrize("text, answer, right", [
-    ("so \\boxed{42}", "42", True), ("\\boxed{1,234.0}", "1234", True),
+    ("so \\boxed{42}", "42", True), ("\\boxed{1,234.0}", "1234", True), ("\\boxed{+1,000}", "1000.0", True),
     ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", True), ("\\boxed{1} then \\boxed{2}", "2", True),
-    ("\\boxed{2", "2", False), ("#### 72", "72", True), ("$18", "18", True),
-    ("<answer>\nD\n</answer>", "D", True), ("<answer>d</answer>", "D", False),
-    ("<answer>D. text</answer>", "D", False), ("I think it is 42", "42", False),
-    ("<think>\\boxed{1}</think> \\boxed{3}", "3", True), ("50%", "50", True), ("", "1", False),
-    ("\\boxed{}", "1", False), ("C", "C", True), ("-7.50", "-7.5", True), ("\\boxed{Paris}", "paris", True),
-    ("<reasoning>\nA or B\n</reasoning>\n<answer>\nB\n</answer>", "B", True),
-    ("<answer>BB</answer>", "B", False),
-    ("\\boxed{9007199254740993}", "9007199254740992", False), ("\\boxed{+1,000}", "1000.0", True),
-    ("\\boxed{007}", "7", True), ("\\boxed{nan}", "NaN", True), ("\\boxed{1e999999999}", "7", False)])
+    ("\\boxed{2", "2", False), ("#### 72", "72", True), ("$18", "18", True), ("50%", "50", True),
+    ("<answer>\nD\n</answer>", "D", True), ("<answer>d</answer>", "D", False), ("C", "C", True),
+    ("<answer>D. text</answer>", "D", False), ("I think it is 42", "42", False), ("", "1", False),
+    ("<think>\\boxed{1}</think> \\boxed{3}", "3", True), ("\\boxed{}", "1", False), ("-7.50", "-7.5", True),
+    ("\\boxed{Paris}", "paris", True), ("A or B\n<answer>\nB\n</answer>", "B", True)])
 def test_answers(text, answer, right):
     assert common.is_correct(text, answer) is right
 
@@ -418,11 +387,10 @@ def test_real_formats(tmp_path):
         path.write_text(text)
         return str(path)
     rows = [{"question": f"q{i}", "answer": f"text\n#### {i}"} for i in range(3)]
-    train, held = common.load_tasks(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n"), 1)
+    train, held = common.load_tasks(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"), 1)
     assert {t.answer for t in train + held} == {"0", "1", "2"} and "\\boxed" in held[0].messages[0]["content"]
-    choice = {"prompt": "Which?", "answer": 0, "system": "Answer in <answer>", "kind": "mcq", "tests": "-"}
-    two = json.dumps([choice, {**choice, "prompt": "?"}])
-    train, held = common.load_tasks(write(tmp_path / "b.json", two), 1)
+    choices = [{"prompt": which, "answer": 0, "system": "Answer in <answer>"} for which in ("?", "Which?")]
+    train, held = common.load_tasks(write(tmp_path / "b.json", json.dumps(choices)), 1)
     assert [m["role"] for m in train[0].messages] == ["system", "user"] and train[0].answer == "0"
     assert train[0].messages[1]["content"] in ("?", "Which?")
     train, _ = common.load_tasks(write(tmp_path / "c.csv", "problem,solution\n1+1,2\n2+2,4\n"), 1)
@@ -433,26 +401,25 @@ GOOD = '{"question": "q", "answer": "1"}\n'
 
 
 @pytest.mark.parametrize("name, text, word", [
-    ("a.jsonl", GOOD + '{"question": "tru', "line 2"), ("a.jsonl", '{"foo": 1, "answer": "2"}\n', "'foo'"),
-    ("a.jsonl", GOOD + "3\n", "row 2"), ("a.jsonl", GOOD, "too few"), ("a.jsonl", "", "too few"),
+    ("a.jsonl", GOOD + '{"question": "tru', "line 2"), ("a.jsonl", GOOD + GOOD[:9] + "\n" + GOOD, "line 2"),
+    ("a.jsonl", '{"foo": 1, "answer": "2"}\n', "'foo'"), ("a.jsonl", GOOD, "too few"),
     ("a.json", '[\n{"question": "q"},\n{"question"\n]', "line 4"), ("a.jsonl", "\xe9", "utf-8"),
     ("a.jsonl", '{"question": ["hi"], "answer": "1"}', "a text"), ("x.parquet", "none", "cannot read"),
-    ("a.csv", "foo,bar\n1,2\n", "'bar'"), ("", "", "cannot read"), ("notes.txt", "hi", "no network")])
+    ("a.csv", "foo,bar\n1,2\n", "'bar'"), ("notes.txt", "hi", "no network")])
 def test_bad_data_is_refused_in_one_sentence(name, text, word, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(common, "hub_reachable", lambda: False)
-    path = tmp_path / (name or "missing.jsonl")
-    if name:
-        path.write_bytes(text.encode("latin-1"))
-    assert word in refused(common.load_tasks, str(path), 1)
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    assert word in refused(common.load_tasks, str(tmp_path / name), 1)
+    assert "cannot read" in refused(common.load_tasks, str(tmp_path), 1)
 
 
 def test_without_a_network_one_sentence_at_once(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(common.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     common.hub_reachable.cache_clear()
     started = time.time()
-    assert "no network" in refused(common.load_model, "no/such-model", "cpu")
+    assert "'tiny'" in refused(common.load_model, "no/such-model", "cpu")
     assert "'chain'" in refused(common.load_tasks, "no/such-dataset", 1)
-    assert "cannot load the model" in refused(common.load_model, str(tmp_path), "cpu")
+    assert "cannot load" in refused(common.load_model, str(tmp_path), "cpu")
     assert time.time() - started < 10
     common.hub_reachable.cache_clear()
 
@@ -460,8 +427,7 @@ def test_without_a_network_one_sentence_at_once(tmp_path, refused, monkeypatch):
 @pytest.mark.parametrize("argv, word", [
     (["--nonsense", "1"], "--nonsense"), (["--step", "3"], "--step"), (["--steps", "many"], "many"),
     (["--steps", "-1"], "-1"), (["--group_size", "0"], "group_size"), (["--temperature", "0"], "temperature"),
-    (["--method", "ppo"], "ppo"), (["--resume", "--overwrite"], "--resume"),
-    (["--lr", "nan"], "lr"),
+    (["--method", "ppo"], "ppo"), (["--resume", "--overwrite"], "--resume"), (["--lr", "nan"], "lr"),
     (["--device", "abacus"], "abacus")])
 def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
     assert word in refused(lambda: common.setup(common.parse(common.Config, argv)))
@@ -469,16 +435,12 @@ def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
 
 # --------------------------------------------------------------------------------------- evaluation
 def test_evaluate(monkeypatch, tok, model):
-    out = some_rollouts(model, tok, group_size=1)
-    out = dataclasses.replace(out, texts=["\\boxed{7}", "7", "\\boxed{1}"],
+    out = dataclasses.replace(some_rollouts(model, tok, group_size=1), texts=["\\boxed{7}", "7", "\\boxed{1}"],
                               finished=torch.tensor([True, False, True]))
-    temperatures = []
-    monkeypatch.setattr(common, "rollout", lambda *a, **how: temperatures.append(how["temperature"]) or out)
+    monkeypatch.setattr(common, "rollout", lambda *args, **how: out)
     result = common.evaluate(model, tok, [ask("a"), ask("b"), ask("c")], max_new_tokens=20)
-    assert temperatures == [1.0, 0.0] and result["length"] == 20
-    assert result["accuracy"] == result["greedy_accuracy"] == pytest.approx(1 / 3)
-    assert result["se"] == pytest.approx(1 / 3)
-    assert result["finished"] == pytest.approx(2 / 3)
+    assert result == pytest.approx({"accuracy": 1 / 3, "greedy_accuracy": 1 / 3, "se": 1 / 3, "greedy_se": 1 / 3,
+                                    "length": 20, "finished": 2 / 3})
 
 
 # ------------------------------------------------------------------------------ models, cache, runs
