@@ -352,15 +352,9 @@ def final_answer(text: str) -> str | None:
     """What a text commits to: the last \\boxed{}, else <answer>, else `#### x`, else the whole text if it is
     one number or one capital letter; else None."""
     text = text.rsplit("</think>", 1)[-1]
-    if "\\boxed{" in text:
-        depth, inside = 1, text.rsplit("\\boxed{", 1)[1]
-        for i, character in enumerate(inside):
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                return inside[:i].strip()
-        return None
+    boxed = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # with braces inside, two deep
     number_or_letter = r"\A\s*([A-Z]|[-+$]?[\d.,]*\d%?)\.?\s*\Z"
-    for pattern in (r"<answer>(.*?)</answer>", r"####\s*([^\n]+)", number_or_letter):
+    for pattern in (boxed, r"<answer>(.*?)</answer>", r"####\s*([^\n]+)", number_or_letter):
         if found := re.findall(pattern, text, re.DOTALL):
             return found[-1].strip()
     return None
@@ -507,9 +501,8 @@ def prompt_ids(tok, messages: list[dict], tool: Tool | None = None, thinking: bo
 
 @functools.lru_cache(maxsize=64)
 def tool_glue(tok, thinking: bool = False) -> tuple[list[int], list[int]]:
-    """What the tokenizer's own template puts before and after a tool's text: from behind the assistant's
-    end-of-turn token (sampled, so already there) to where its next turn begins."""
-    # The user says it, as in Qwen3's template; others may not know the role `tool`.
+    """What the template puts before and after a tool's text: from behind the assistant's end-of-turn token
+    (sampled, so already there) to where its next turn begins. A user says it, as Qwen3 has it."""
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@SAID@@"},
             {"role": "user", "content": "<tool_response>\n@@HEARD@@\n</tool_response>"}]
     before, after = render(tok, talk, None, thinking).split("@@SAID@@", 1)[1].split("@@HEARD@@", 1)
@@ -585,7 +578,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
                            position_ids=positions(seen)[:, -new.shape[1]:]).logits[:, -1]   # (n, V)
         if column == start:  # each distinct prompt was read once; its cache is copied to the whole group
             cache.batch_repeat_interleave(group_size)
-            logits = logits.repeat_interleave(group_size, 0)                                # (B, V)
+            logits, seen = (x.repeat_interleave(group_size, 0) for x in (logits, seen))     # (B, V), (B, P)
         token, logp, spread = choose(logits.float(), temperature, generator)                # (n,) each
         here = [rows[i] for i in batch]
         queued = torch.tensor([row.queue.popleft() if row.queue else -1 for row in here], device=device)
@@ -610,8 +603,8 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
             break
         if len(keep) < len(batch) / 2:  # done rows leave, but not one by one: each time copies the cache
             cache.batch_select_indices(torch.tensor(keep, device=device))
-            token, batch = token[keep], [batch[j] for j in keep]
-        new, seen = token[:, None], attention[batch, :column + 1]                           # (n, column + 1)
+            token, seen, batch = token[keep], seen[keep], [batch[j] for j in keep]
+        new, seen = token[:, None], F.pad(seen, (0, 1), value=1)                            # (n, column + 1)
     used = [x[:, :column + 1].contiguous() for x in (ids, attention, mask, logps, entropy)]     # (B, T) each
     return pack(tok, rows, start, used)
 
@@ -951,8 +944,8 @@ class Run:
         skipped = not math.isfinite(norm)
         self.notes["skipped_steps"] += skipped
         for found, text in (
-                (flat == len(groups) > 0 and groups.shape[1] > 1, "the rewards of every group are all equal, "
-                 "which is no signal; take easier or harder problems, or a larger --group_size"),
+                (flat == len(groups) > 0 and groups.shape[1] > 1, "no group has different rewards to learn "
+                 "from; take easier or harder problems, or a larger --group_size"),
                 (cut > 0.5, "more than half of the rollouts are cut; raise --max_new_tokens or --max_turns"),
                 (entropy < 0.01, "the entropy is below 0.01: the model repeats itself; lower --lr"),
                 (skipped, "a gradient is not finite; such steps are skipped and counted; lower --lr")):
@@ -1031,11 +1024,10 @@ def plot_runs(png: str, folders: list) -> None:
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         when = {"before": 0, "after": max(r.get("step", 0) for r in records)}
         for axis, key in zip(axes, ("accuracy", "solved", "entropy", "length")):
-            points = [(when.get(r.get("eval"), r.get("step")), r[key]) for r in records
-                      if key in r and ("eval" in r) == (key == "accuracy")]
-            axis.plot(*zip(*points), label=folder.name)
+            wanted = [r for r in records if key in r and ("eval" in r) == (key == "accuracy")]
+            axis.plot([when.get(r.get("eval"), r.get("step")) for r in wanted], [r[key] for r in wanted])
             axis.set(title=key, xlabel="step")
-    axes[0].legend()
+    axes[0].legend([Path(folder).name for folder in folders])
     figure.savefig(png)
 
 
@@ -1104,12 +1096,12 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float,
                 return text if whole else None, ""
             except Exception as error:  # the error classes differ between versions, these attributes do not
                 response = getattr(error, "response", None)
-                code, headers = getattr(response, "status_code", 0), getattr(response, "headers", {})
+                code = getattr(response, "status_code", 0)
                 words = getattr(response, "text", "") or getattr(error, "doc", "") or error
                 said = " ".join(f"{code or type(error).__name__} {words}".split())[:300]
-                wait = headers.get("retry-after", "")
                 if 0 < code < 500 and code not in (408, 429) or attempt == retries:
                     return None, said  # refused; all else may be better soon, a lost connection for example
+                wait = getattr(response, "headers", {}).get("retry-after", "")
                 sleep(min(float(wait) if wait.isdigit() else 2.0 ** attempt, 60.0))
 
     def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
@@ -1181,11 +1173,11 @@ def remembered(chat: Callable, path: Path, key) -> Callable:
             text = json.dumps([key, sampling, conversation], sort_keys=True)
             addresses.append(hashlib.sha256(f"{text} {times[text]}".encode()).hexdigest()[:32])
             times[text] += 1
-        new = [i for i, address in enumerate(addresses) if address not in known]
-        for i, reply in zip(new, chat([conversations[i] for i in new], **sampling) if new else []):
+        new = {a: c for a, c in zip(addresses, conversations) if a not in known}
+        for address, reply in zip(new, chat(list(new.values()), **sampling) if new else []):
             if reply is not None:
-                known[addresses[i]] = reply
-                entry = {"address": addresses[i], "said": conversations[i][-1]["content"], "reply": reply}
+                known[address] = reply
+                entry = {"address": address, "said": new[address][-1]["content"], "reply": reply}
                 memory.write((json.dumps(entry) + "\n").encode())
         return [known.get(address) for address in addresses]
     return chat_or_remember
@@ -1220,8 +1212,8 @@ def load_student(config, device):
     tok, rng = build_tokenizer(CHAIN_ATOMS), random.Random(1)
     tasks = [small_chain(rng) for _ in range(8000)]
     docs = [demonstration(tok, task, worked_solution(rng, task, wrong=0.15)) for task in tasks]
-    student = tiny_model(tok, seed=1)
-    return fit_tiny("the student", student, docs, steps=600, fresh=config.fresh).to(device), tok
+    model = fit_tiny("the student", tiny_model(tok, seed=1), docs, steps=600, fresh=config.fresh)
+    return model.to(device), tok
 
 
 def train(config: Config) -> dict:
@@ -1232,9 +1224,7 @@ def train(config: Config) -> dict:
     student, tok = load_student(config, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
     rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
-
-    def measure():
-        return evaluate(student, tok, held_out, **config.sampling)
+    measure = functools.partial(evaluate, student, tok, held_out, **config.sampling)
 
     first = run.track([student, optimizer], generator, rng)
     if not config.resume:
