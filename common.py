@@ -91,7 +91,7 @@ class Config:
     fresh: bool = option(False, "fit the tiny models again instead of taking them from the cache")
     thinking: bool = option(False, "let the chat template open a thinking block (models that have one)")
     plot: list[str] = field(default_factory=list, metadata={
-        "help": "FILE.png: draw this run at its end; FILE.png RUN...: only draw those run folders"})
+        "help": "FILE.png [RUN ...]: only draw these run folders, or that of the other flags"})
 
     def __post_init__(self):
         self.max_new_tokens = self.max_new_tokens or (self.tiny_tokens if self.data == "chain" else 1024)
@@ -449,10 +449,9 @@ def run_python(arguments: dict, seconds: float = 10.0) -> tuple[str, str]:
         return cut_middle(Path(folder, "out").read_text(errors="replace").strip()) or "(no output)", status
 
 
-TOOLS = {
-    "calculator": Tool("calculator", "Evaluates one arithmetic expression.", "expression", run_calculator),
-    "python": Tool("python", "Runs Python code and returns what it prints.", "code", run_python, workers=8),
-}
+TOOLS = {tool.name: tool for tool in (
+    Tool("calculator", "Evaluates one arithmetic expression.", "expression", run_calculator),
+    Tool("python", "Runs Python code and returns what it prints.", "code", run_python, workers=8))}
 
 
 def parse_tool_call(text: str) -> dict | None:
@@ -469,6 +468,8 @@ def run_tools(tool: Tool, calls: list[dict]) -> list[tuple[str, str]]:
     def one(call):
         missing = f"error: there is no tool {call['name'][:40]}", "error"
         return tool.run(call["arguments"]) if call["name"] == tool.name else missing
+    if tool.workers == 1:
+        return [one(call) for call in calls]
     with ThreadPool(tool.workers) as pool:
         return pool.map(one, calls)
 
@@ -1032,16 +1033,13 @@ def plot_runs(png: str, folders: list) -> None:
 
 
 def launch(config, script: str, train: Callable, **actions: Callable) -> None:
-    """What `python X.py` does: the action whose flag is given, else train and, with --plot, draw. What may
-    happen at any time ends in one sentence."""
+    """What `python X.py` does: the action whose flag is given, else train. What may happen at any time ends
+    in one sentence."""
     try:
-        for flag, action in actions.items():
-            if getattr(config, flag):
-                return action(config)
-        if len(config.plot) < 2:
-            train(config)
         if config.plot:
-            plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
+            return plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
+        chosen = [action for flag, action in actions.items() if getattr(config, flag)] or [train]
+        chosen[0](config)
     except torch.OutOfMemoryError:
         fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens or --group_size")
     except OSError as error:  # a folder that cannot be written, a full disk
@@ -1124,13 +1122,11 @@ def read_object(text: str) -> dict:
     """The first JSON object of a reply, whatever thinking, prose or code fence is around it; else ValueError.
     The first one decides: a later one may be an inner item of an object that is cut."""
     text = text.rsplit("</think>", 1)[-1]
-    found = re.search(r'\{\s*"', text)  # \boxed{5} and {1, 2} open no object
-    if not found:
-        raise ValueError("the reply holds no JSON object")
+    found = re.search(r'\{\s*".*', text, re.DOTALL)  # \boxed{5} and {1, 2} open no object
     try:
-        return json.JSONDecoder().raw_decode(text, found.start())[0]
+        return json.JSONDecoder().raw_decode(found[0] if found else "")[0]
     except (ValueError, RecursionError):
-        raise ValueError("the JSON object is broken or cut") from None
+        raise ValueError("the reply holds no whole JSON object") from None
 
 
 def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Counter | None = None) -> list:
@@ -1138,11 +1134,11 @@ def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Count
     list of functions; by ValueError, LookupError or TypeError they call a reply unusable. The model is then
     asked again and told why, but not where no complete reply came. tally: counts "calls" and the reasons."""
     checks = check if isinstance(check, list) else [check] * len(conversations)
-    results, talks, todo = [None] * len(checks), list(conversations), list(range(len(checks)))
+    results, todo = [None] * len(checks), dict(enumerate(conversations))
     tally = Counter() if tally is None else tally
     for _ in range(tries):
-        asked, todo = todo, []
-        for i, reply in zip(asked, chat([talks[i] for i in asked]) if asked else []):
+        asked, todo = todo, {}
+        for i, reply in zip(asked, chat(list(asked.values())) if asked else []):
             tally["calls"] += 1
             if reply is None:
                 tally["no complete reply"] += 1
@@ -1153,9 +1149,8 @@ def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Count
                 reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
                 tally[reason] += 1
                 note = f"Your last reply could not be used: {reason}. Reply with one JSON object alone."
-                talks[i] = [*conversations[i], {"role": "assistant", "content": reply[:2000]},
-                            {"role": "user", "content": note}]
-                todo.append(i)
+                todo[i] = [*conversations[i], {"role": "assistant", "content": reply[:2000]},
+                           {"role": "user", "content": note}]
     return results
 
 

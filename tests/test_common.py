@@ -6,6 +6,7 @@ import math
 import random
 import signal
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -117,17 +118,14 @@ def test_padding_changes_nothing(model, tok):
 
 
 def test_vocabulary_chunks_change_neither_value_nor_gradient(model, tok, monkeypatch):
-    rollouts = some_rollouts(model, tok)
-    results = []
+    rollouts, results = some_rollouts(model, tok), []
     for size in (2**26, 5 * len(tok)):
         monkeypatch.setattr(common, "CHUNK_LOGITS", size)
-        model.zero_grad()
         logps = common.token_logps(model, rollouts.ids, rollouts.attention_mask, rollouts.mask)
         logps.sum().backward()
-        results.append((logps.detach(), [p.grad.clone() for p in model.parameters()]))
-    model.zero_grad()
-    assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0][1], results[1][1]))
+        results.append([logps.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*results))
 
 
 def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypatch):
@@ -135,10 +133,9 @@ def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypa
     advantages = torch.randn(len(rollouts.ids), 1, generator=torch.Generator().manual_seed(1))
     gradients = []
 
-    def keep(model, optimizer, step, lr):
+    def keep(model, *_):
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         model.zero_grad()
-        return 0.0
     monkeypatch.setattr(common, "apply_gradients", keep)
     order = torch.randperm(len(rollouts.ids), generator=torch.Generator().manual_seed(2))
     fields = ("ids", "attention_mask", "mask", "logps")
@@ -183,30 +180,27 @@ def call(expression, name="calculator"):
 
 def run_script(monkeypatch, tok, model, rows, **how):
     """rows: per row a list of turns. In place of common.choose, each row gets its own ids, in order."""
-    scripts = [iter([i for turn in turns for i in [*(turn if isinstance(turn, list) else
-                                                     common.encode(tok, turn)), common.end_of_turn(tok)]])
-               for turns in rows]
-    made, batch = [], []
+    batch = []
 
     class Row(common.Row):
         def __init__(self):
             super().__init__()
-            batch.append(len(made))
-            made.append(self)
+            turns = [t if isinstance(t, list) else common.encode(tok, t) for t in rows[len(batch)]]
+            self.script = iter([i for turn in turns for i in [*turn, common.end_of_turn(tok)]])
+            batch.append(self)
 
     def choose(logits, temperature, generator):
         if len(logits) < len(batch):  # the rollout has dropped the rows that are done
-            batch[:] = [i for i in batch if not made[i].done]
-        token = torch.tensor([0 if made[i].queue or made[i].done else next(scripts[i])  # 0: dropped
-                              for i in batch])
+            batch[:] = [row for row in batch if not row.done]
+        token = torch.tensor([0 if row.queue or row.done else next(row.script) for row in batch])
         logps = torch.log_softmax(logits / temperature, -1)
         return token, logps.gather(1, token[:, None])[:, 0], common.entropy_of(logps)
     with monkeypatch.context() as patch:
         patch.setattr(common, "Row", Row)
         patch.setattr(common, "choose", choose)
         tasks = [ask(f"question {i} {'x' * i}") for i in range(len(rows))]
-        return common.rollout(model, tok, tasks, tool=common.TOOLS["calculator"],
-                              **{"max_new_tokens": 400, **how})
+        how = {"max_new_tokens": 400, "tool": common.TOOLS["calculator"], **how}
+        return common.rollout(model, tok, tasks, **how)
 
 
 def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
@@ -292,7 +286,7 @@ OTHER = """{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role }}
 
 
 def test_templates(tok):
-    """What stands around a tool's answer comes from the template; the tool is shown, whatever the template."""
+    """What stands around a tool's answer comes from the template; the tool is shown by any template."""
     other, tool = copy.deepcopy(tok), common.TOOLS["calculator"]
     other.chat_template = OTHER
     glue = "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
@@ -319,20 +313,16 @@ def test_no_text_in_a_prompt_can_begin_or_end_a_turn(tok):
 
 
 # -------------------------------------------------------------------------------------------- tools
-@pytest.mark.parametrize("expression, answer", [
-    ("(4+1)%10", "5"), ("-3%10", "7"), ("2**10", "1024"), ("7/2", "3.5"), ("1e3", "1000"), ("  6*7 ", "42")])
-def test_calculator(expression, answer):
-    assert common.run_calculator({"expression": expression}) == (answer, "ok")
-
-
-def test_calculator_refuses():
+def test_calculator():
+    for text, answer in (("(4+1)%10", "5"), ("-3%4", "1"), ("2**10", "1024"), ("7/2", "3.5"), (" 6*7", "42")):
+        assert common.run_calculator({"expression": text}) == (answer, "ok")
+    for text in ("4+*1", "", "1/0", "9**9**9", "__import__('os')", "a", "1j", "'x'*3", "(" * 300, "1e999",
+                 "True", "(-8)**.5", "1<2", "not 1", "f(1)"):
+        assert common.run_calculator({"expression": text}) == (common.BAD_EXPRESSION, "error"), text
     assert common.run_calculator({}) == (common.BAD_EXPRESSION, "error")
-    for expression in ("4+*1", "", "1/0", "9**9**9", "__import__('os')", "a", "1j", "'x'*3", "(" * 300, "1e999",
-                       "True", "(-8)**.5", "1<2", "not 1", "f(1)"):
-        assert common.run_calculator({"expression": expression}) == (common.BAD_EXPRESSION, "error"), expression
 
 
-def test_python_tool():
+def test_python_tool(tmp_path):
     run = common.run_python
     assert run({"code": "x = 6\nx * 7"}) == ("42", "ok") and run({"code": "[].append(1)"})[0] == "(no output)"
     assert run({"code": "text\n```python\nprint(1)\n```"}) == ("1", "ok")
@@ -343,16 +333,11 @@ def test_python_tool():
     assert len(text) == 273 and text.startswith("a" * 128 + "...") and text.endswith("b" * 128)
     assert run({"code": "import os; print(sorted(os.environ))"})[0] in ("[]", "['LC_CTYPE']")
     assert run({"code": "input()"})[1] == "error" and run({"code": ""}) == ("(no output)", "ok")
-
-
-def test_python_tool_kills_what_is_left_running(tmp_path):
-    started, mark = time.time(), tmp_path / "mark"
-    code = ("import os, time\nif os.fork() == 0:\n    time.sleep(3)\n"
-            f"    open({str(mark)!r}, 'w')\nwhile True: pass")
-    assert common.run_python({"code": code}, seconds=1.0) == ("error: timed out", "timeout")
-    assert time.time() - started < 3
-    time.sleep(3)
-    assert not mark.exists()
+    # a time-out ends the children, too
+    code = f"import os,time\nif os.fork() == 0: time.sleep(2); open('{tmp_path}/mark', 'w')\nwhile True: pass"
+    assert run({"code": code}, seconds=1.0) == ("error: timed out", "timeout")
+    time.sleep(2)
+    assert not (tmp_path / "mark").exists()
 
 
 def test_parse_tool_call():
@@ -435,31 +420,27 @@ def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
 
 # --------------------------------------------------------------------------------------- evaluation
 def test_evaluate(monkeypatch, tok, model):
-    out = dataclasses.replace(some_rollouts(model, tok, group_size=1), texts=["\\boxed{7}", "7", "\\boxed{1}"],
-                              finished=torch.tensor([True, False, True]))
+    out = some_rollouts(model, tok, group_size=1)
+    out.texts, out.finished = ["\\boxed{7}", "7", "\\boxed{1}"], torch.tensor([True, False, True])
     monkeypatch.setattr(common, "rollout", lambda *args, **how: out)
     result = common.evaluate(model, tok, [ask("a"), ask("b"), ask("c")], max_new_tokens=20)
-    assert result == pytest.approx({"accuracy": 1 / 3, "greedy_accuracy": 1 / 3, "se": 1 / 3, "greedy_se": 1 / 3,
-                                    "length": 20, "finished": 2 / 3})
+    third = dict.fromkeys(("accuracy", "se", "greedy_accuracy", "greedy_se"), 1 / 3)
+    assert result == pytest.approx({**third, "length": 20, "finished": 2 / 3})
 
 
 # ------------------------------------------------------------------------------ models, cache, runs
-def fitted(tok, **how):
-    rng = random.Random(5)
-    docs = [common.demonstration(tok, common.small_chain(rng), "\\boxed{1}") for _ in range(64)]
-    return common.fit_tiny("a test model", common.tiny_model(tok, 3, 32), docs, steps=10, **how)
-
-
 def test_cache_hit_and_fresh(tok, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = fitted(tok)
+    docs = [common.demonstration(tok, common.small_chain(random.Random(5)), "\\boxed{1}")] * 64
+    first, again, anew = models = [common.tiny_model(tok, 3, 32) for _ in range(3)]
+    stamps = []
+    for student in models:
+        common.fit_tiny("a test model", student, docs, steps=10, fresh=student is anew)
+        path, = (tmp_path / "four-papers").iterdir()
+        stamps.append(path.stat().st_mtime_ns)
+    assert stamps[0] == stamps[1] < stamps[2]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
     assert all(p.grad is None for p in first.parameters())  # nothing may leak into the training that follows
-    path, = (tmp_path / "four-papers").iterdir()
-    stamp = path.stat().st_mtime_ns
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), fitted(tok).parameters()))
-    assert path.stat().st_mtime_ns == stamp
-    fitted(tok, fresh=True)
-    assert path.stat().st_mtime_ns > stamp
 
 
 def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
@@ -467,10 +448,9 @@ def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
     tok.save_pretrained(tmp_path)
     loaded, loaded_tok = common.load_model(str(tmp_path), "cpu")
     common.check_same_tokenizer(tok, loaded_tok)
-    messages, tool = ask("Start with 1, work modulo 10: A+1.").messages, common.TOOLS["calculator"]
-    assert common.prompt_ids(loaded_tok, messages, tool) == common.prompt_ids(tok, messages, tool)
-    ids = torch.tensor([common.prompt_ids(tok, messages)])
-    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
+    ids, again = (torch.tensor([common.prompt_ids(t, ask("1 + 1?").messages, common.TOOLS["calculator"])])
+                  for t in (tok, loaded_tok))
+    assert torch.equal(ids, again) and torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
 
 
 SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "20", "--show_every", "0"]
@@ -503,12 +483,12 @@ def test_resume_equals_never_stopped_and_nothing_is_lost(tmp_path, refused):
 
 @dataclasses.dataclass
 class Compare(common.Config):
-    seeds: int = 2
+    seeds: int = 1
 
 
 def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
     """Finished cells are taken, a cell in the middle goes on; the table is that of an uninterrupted run."""
-    variants, trained = {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}}, []
+    trained = []
 
     def compare(out, stop=None, **flags):
         def train(cell):
@@ -520,6 +500,7 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
             return common.train(cell)
         config = Compare(steps=3, prompts_per_step=2, group_size=4, eval_tasks=20, save_every=1,
                          out=str(tmp_path / out), **flags)
+        variants = {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}, "zero": {"lr": 0.0}}
         return common.seed_table(common.compared(train, config, variants, "x"), {"accuracy_after": "T = 1"})
 
     whole = compare("whole")
@@ -527,15 +508,14 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         compare("parts", stop=1)
     capsys.readouterr()
-    assert compare("parts") == whole
-    assert trained == ["low-s0", "a-high-rate-s0", "low-s1", "a-high-rate-s1"]
+    assert compare("parts") == whole and trained == ["low-s0", "a-high-rate-s0", "zero-s0"]
     out = capsys.readouterr().out
-    assert out.count("taken from") == 1 and out.count("step 1/3") == 2 and out.count("step 2/3") == 3
+    assert out.count("taken from") == 1 and out.count("step 1/3") == 1 and out.count("step 2/3") == 2
     for name in trained:
         assert timeless(tmp_path / "whole" / name) == timeless(tmp_path / "parts" / name)
     trained.clear()
-    compare("parts", seeds=1, overwrite=True)
-    assert trained == ["low-s0", "a-high-rate-s0"]
+    compare("parts", overwrite=True)
+    assert len(trained) == 3
 
 
 def test_seed_table():
@@ -567,8 +547,7 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("error, word", [(torch.OutOfMemoryError("CUDA out of\nmemory."), "--micro_batch"),
                                          (OSError(28, "No space left\non device", "x"), "No space left")])
 def test_what_may_happen_at_any_time_is_one_sentence(error, word, refused):
-    def train(config):
-        raise error
+    train = mock.Mock(side_effect=error)
     assert word in refused(common.launch, common.Config(), "x", train)
 
 
@@ -590,11 +569,11 @@ def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, tok, model):
     assert results[0].abs().max() < 1e-5 < results[1].abs().max() < 0.1
     summary = json.loads((tmp_path / "True" / "summary.json").read_text())
     assert summary["skipped_steps"] == 0 and summary["versions"]["torch"] == torch.__version__
-    frozen.save_pretrained(tmp_path / "bf16")
-    tok.save_pretrained(tmp_path / "bf16")
-    monkeypatch.undo()
-    assert common.load_model(str(tmp_path / "bf16"), "cpu", trainable=False)[0].dtype is torch.bfloat16
-    assert common.load_model(str(tmp_path / "bf16"), "cpu")[0].dtype is torch.float32
+    for part in (frozen, tok):
+        part.save_pretrained(tmp_path / "bf16")
+    monkeypatch.undo()  # on the CPU, a frozen model keeps its type
+    for trainable, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        assert common.load_model(str(tmp_path / "bf16"), "cpu", trainable)[0].dtype is dtype
 
 
 def test_grpo_learns(tmp_path):
