@@ -572,7 +572,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
     ids = F.pad(ids, (0, max_new_tokens), value=tok.pad_token_id)                           # (B, last)
     attention, mask = F.pad(attention, (0, max_new_tokens)), torch.zeros_like(ids)          # (B, last) each
     logps, entropy = torch.zeros(2, *ids.shape, device=device)                              # (B, last) each
-    rows, batch = [Row() for _ in ids], list(range(len(ids)))  # batch: the n rows that are in the cache
+    rows, index = [Row() for _ in ids], list(range(len(ids)))  # index: the n rows that are in the cache
     for column in range(start, last):
         with autocast(model):
             logits = model(input_ids=new, attention_mask=seen, cache=cache, logits_to_keep=1,
@@ -580,18 +580,18 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
         if column == start:  # each distinct prompt was read once; its cache is copied to the whole group
             cache.batch_repeat_interleave(group_size)
             logits, seen = (x.repeat_interleave(group_size, 0) for x in (logits, seen))     # (B, V), (B, P)
-        token, logp, spread = choose(logits.float(), temperature, generator)                # (n,) each
-        here = [rows[i] for i in batch]
-        queued = torch.tensor([row.queue.popleft() if row.queue else -1 for row in here], device=device)
+        token, logp, h = choose(logits.float(), temperature, generator)                     # (n,) each
+        batch = [rows[i] for i in index]
+        queued = torch.tensor([row.queue.popleft() if row.queue else -1 for row in batch], device=device)
         token = torch.where(queued < 0, token, queued)  # (n,) all rows drew; a queued id overrules the draw
-        alive = torch.tensor([not row.done for row in here], device=device)                 # (n,)
-        sampled = alive & (queued < 0)  # a done row may stay in the batch for a while: its draw is dropped
-        ids[batch, column] = token.where(alive, tok.pad_token_id)
-        attention[batch, column], mask[batch, column] = alive.long(), sampled.long()
-        logps[batch, column], entropy[batch, column] = logp * sampled, spread * sampled
+        alive = torch.tensor([not row.done for row in batch], device=device)                # (n,)
+        sampled = alive & (queued < 0)  # (n,) a done row may stay for a while: what it draws is dropped
+        ids[index, column] = token.where(alive, tok.pad_token_id)
+        attention[index, column], mask[index, column] = alive.long(), sampled.long()
+        logps[index, column], entropy[index, column] = logp * sampled, h * sampled
         calls = []
-        for row, t, its_own in zip(here, token.tolist(), sampled.tolist()):
-            if its_own:  # only a sampled end token ends the turn, not the ones in a tool's message
+        for row, t, own in zip(batch, token.tolist(), sampled.tolist()):
+            if own:  # only a sampled end token ends the turn, not the ones in a tool's message
                 row.turn.append(t)
                 if t == end and (call := close_turn(row, tok, tool, max_turns)):
                     calls.append((row, call))
@@ -599,12 +599,12 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
         for (row, _), (text, row.status[-1]) in zip(calls, answers):
             row.queue.extend(tool_message_ids(tok, text, thinking))
             row.done = column + 1 + len(row.queue) >= last
-        keep = [j for j, row in enumerate(here) if not row.done]
+        keep = [j for j, row in enumerate(batch) if not row.done]
         if not keep:
             break
         if len(keep) < len(batch) / 2:  # done rows leave, but not one by one: each time copies the cache
             cache.batch_select_indices(torch.tensor(keep, device=device))
-            token, seen, batch = token[keep], seen[keep], [batch[j] for j in keep]
+            token, seen, index = token[keep], seen[keep], [index[j] for j in keep]
         new, seen = token[:, None], F.pad(seen, (0, 1), value=1)                            # (n, column + 1)
     used = [x[:, :column + 1].contiguous() for x in (ids, attention, mask, logps, entropy)]     # (B, T) each
     return pack(tok, rows, start, used)
@@ -686,9 +686,9 @@ def hidden_at(model, ids, attention_mask, mask):
     """Last hidden states from which the tokens under `mask` are predicted: (N, H), row by row. ids, mask
     (B, T); attention_mask (B, T), or None if the padding is all on the right. The token in column p is
     predicted from column p - 1: this shift is here and nowhere else."""
-    where = None if attention_mask is None else positions(attention_mask)           # (B, T)
+    numbers = None if attention_mask is None else positions(attention_mask)         # (B, T)
     with autocast(model):
-        hidden = model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=where,
+        hidden = model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=numbers,
                                   use_cache=False).last_hidden_state                # (B, T, H)
     return hidden[:, :-1][mask[:, 1:].bool()]
 
@@ -818,13 +818,13 @@ def evaluate(model, tok, tasks, **sampling) -> dict:
     """Accuracy at T = 1 and greedy, each with its standard error over problems; length, share finished.
     sampling: keyword arguments of `rollout`. The seed is fixed: all methods see the same dice."""
     n, size = len(tasks), 512 if model.num_parameters() < 1e7 else 32  # rows at once, for the KV cache's sake
-    parts, result = [tasks[i:i + size] for i in range(0, n, size)], {}
-    for prefix, temperature in (("", 1.0), ("greedy_", 0.0)):
+    batches, result = [tasks[i:i + size] for i in range(0, n, size)], {}
+    for prefix, T in (("", 1.0), ("greedy_", 0.0)):
         dice = torch.Generator(model.device).manual_seed(1234)
-        outs = [rollout(model, tok, p, generator=dice, temperature=temperature, **sampling) for p in parts]
-        right = torch.cat([rewards(out, part) for out, part in zip(outs, parts)])   # (tasks,)
+        outs = [rollout(model, tok, batch, generator=dice, temperature=T, **sampling) for batch in batches]
+        right = torch.cat([rewards(out, batch) for out, batch in zip(outs, batches)])   # (tasks,)
         result[prefix + "accuracy"], result[prefix + "se"] = float(right.mean()), float(right.std()) / n**0.5
-        if temperature:
+        if T:
             result["length"] = sum(int(out.mask.sum()) for out in outs) / n
             result["finished"] = sum(int(out.finished.sum()) for out in outs) / n
     return result
@@ -1163,11 +1163,9 @@ def remembered(chat: Callable, path: Path, key) -> Callable:
     known = {entry["address"]: entry["reply"] for entry in map(json.loads, memory.read().splitlines())}
 
     def chat_or_remember(conversations, **sampling):
-        addresses, times = [], Counter()
-        for conversation in conversations:
-            text = json.dumps([key, sampling, conversation], sort_keys=True)
-            addresses.append(hashlib.sha256(f"{text} {times[text]}".encode()).hexdigest()[:32])
-            times[text] += 1
+        texts = [json.dumps([key, sampling, conversation], sort_keys=True) for conversation in conversations]
+        addresses = [hashlib.sha256(f"{text} {texts[:i].count(text)}".encode()).hexdigest()[:32]
+                     for i, text in enumerate(texts)]
         new = {a: c for a, c in zip(addresses, conversations) if a not in known}
         for address, reply in zip(new, chat(list(new.values()), **sampling) if new else []):
             if reply is not None:
