@@ -340,7 +340,7 @@ def row_to_task(row: dict, where: str) -> Task:
     question = row.get("question") or row.get("problem") or row.get("prompt")
     answer, system = row.get("answer", row.get("solution")), row.get("system") or ""
     if not isinstance(question, str) or answer is None:
-        fail(f"{where}: {sorted(row)}, but need question, problem or prompt (a text), and answer or solution")
+        fail(f"{where} has {sorted(row)}, but needs question, problem or prompt (a text), answer or solution")
     if "boxed" not in system + question and "<answer>" not in system + question:
         question += "\n\nPut the final answer in \\boxed{}."
     messages = [{"role": "system", "content": system}] if system else []
