@@ -1,4 +1,5 @@
 """One cache folder for the whole session, so that each tiny model is fitted once."""
+import contextlib
 import json
 import os
 import sys
@@ -19,12 +20,9 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory):
     # TEST_CACHE: a folder of your own, to keep the fits between runs
-    folder = os.environ.get("TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
-    os.environ["XDG_CACHE_HOME"] = folder
+    os.environ["XDG_CACHE_HOME"] = os.environ.get("TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
     os.environ["HF_HUB_OFFLINE"] = "1"  # for scripts run as processes of their own
-    # here: offline, not even our own `Server` would be reached
-    constants.HF_HUB_OFFLINE = False
-    return folder
+    constants.HF_HUB_OFFLINE = False  # here: offline, not even our own `Server` would be reached
 
 
 @pytest.fixture
@@ -63,22 +61,16 @@ class Server:
                 status, text, reason = behave(body, count)
                 message = {"role": "assistant", "content": text}
                 choice = {"index": 0, "message": message, "finish_reason": reason}
-                usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-                good = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
-                        "choices": [choice], "usage": usage}
-                reply = text
-                if not isinstance(text, bytes):
-                    reply = json.dumps(good if status == 200 else {"error": "no"}).encode()
-                try:
+                reply = text if isinstance(text, bytes) else json.dumps({"choices": [choice]}).encode()
+                size = 1 if pause else len(reply)
+                with contextlib.suppress(OSError):  # the client has lost patience
                     handler.send_response(status)
                     for name, value in [("Content-Length", str(len(reply))), *headers]:
                         handler.send_header(name, value)
                     handler.end_headers()
-                    for i in range(0, len(reply), 1 if pause else len(reply)):
+                    for i in range(0, len(reply), size):
                         time.sleep(pause)
-                        handler.wfile.write(reply[i:i + 1] if pause else reply)
-                except OSError:
-                    pass  # the client has lost patience
+                        handler.wfile.write(reply[i:i + size])
 
             def log_message(handler, *args):
                 pass

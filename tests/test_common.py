@@ -6,6 +6,7 @@ import math
 import random
 import signal
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -117,17 +118,14 @@ def test_padding_changes_nothing(model, tok):
 
 
 def test_vocabulary_chunks_change_neither_value_nor_gradient(model, tok, monkeypatch):
-    rollouts = some_rollouts(model, tok)
-    results = []
+    rollouts, results = some_rollouts(model, tok), []
     for size in (2**26, 5 * len(tok)):
         monkeypatch.setattr(common, "CHUNK_LOGITS", size)
-        model.zero_grad()
         logps = common.token_logps(model, rollouts.ids, rollouts.attention_mask, rollouts.mask)
         logps.sum().backward()
-        results.append((logps.detach(), [p.grad.clone() for p in model.parameters()]))
-    model.zero_grad()
-    assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0][1], results[1][1]))
+        results.append([logps.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*results))
 
 
 def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypatch):
@@ -135,10 +133,9 @@ def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypa
     advantages = torch.randn(len(rollouts.ids), 1, generator=torch.Generator().manual_seed(1))
     gradients = []
 
-    def keep(model, optimizer, step, lr):
+    def keep(model, *_):
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         model.zero_grad()
-        return 0.0
     monkeypatch.setattr(common, "apply_gradients", keep)
     order = torch.randperm(len(rollouts.ids), generator=torch.Generator().manual_seed(2))
     fields = ("ids", "attention_mask", "mask", "logps")
@@ -150,21 +147,13 @@ def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypa
         assert torch.allclose(g, gradients[0], atol=1e-6)
 
 
-def test_update_without_signal_moves_nothing(tok, model):
+def test_no_signal_and_no_finite_gradient_move_nothing(tok, model):
     student = copy.deepcopy(model)
-    config, rollouts = common.Config(), some_rollouts(student, tok)
-    optimizer = adamw(student)
+    optimizer, rollouts = adamw(student), some_rollouts(student, tok)
     ones, zeros = torch.ones(len(rollouts.ids), 1), torch.zeros(len(rollouts.ids), 1)
-    common.update(student, optimizer, rollouts, ones, config, 9)  # fills Adam's momentum
+    common.update(student, optimizer, rollouts, ones, common.Config(), 9)  # fills Adam's momentum
     before = [p.clone() for p in student.parameters()]
-    common.update(student, optimizer, rollouts, zeros, config, 9)
-    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters()))
-
-
-def test_a_gradient_that_is_not_finite_is_skipped(tok, model):
-    student = copy.deepcopy(model)
-    optimizer = adamw(student)
-    before = [p.clone() for p in student.parameters()]
+    common.update(student, optimizer, rollouts, zeros, common.Config(), 9)
     (next(student.parameters()).sum() * math.nan).backward()
     assert math.isnan(common.apply_gradients(student, optimizer, 9, 1e-3))
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters()))
@@ -191,29 +180,27 @@ def call(expression, name="calculator"):
 
 def run_script(monkeypatch, tok, model, rows, **how):
     """rows: per row a list of turns. In place of common.choose, each row gets its own ids, in order."""
-    scripts = [[i for turn in turns for i in [*(turn if isinstance(turn, list) else common.encode(tok, turn)),
-                                              common.end_of_turn(tok)]] for turns in rows]
-    made, batch = [], []
+    batch = []
 
     class Row(common.Row):
         def __init__(self):
             super().__init__()
-            batch.append(len(made))
-            made.append(self)
+            turns = [t if isinstance(t, list) else common.encode(tok, t) for t in rows[len(batch)]]
+            self.script = iter([i for turn in turns for i in [*turn, common.end_of_turn(tok)]])
+            batch.append(self)
 
     def choose(logits, temperature, generator):
         if len(logits) < len(batch):  # the rollout has dropped the rows that are done
-            batch[:] = [i for i in batch if not made[i].done]
-        token = torch.tensor([0 if made[i].queue or made[i].done else  # 0: overruled, or dropped
-                              scripts[i][sum(e[1] for e in made[i].response)] for i in batch])
+            batch[:] = [row for row in batch if not row.done]
+        token = torch.tensor([0 if row.queue or row.done else next(row.script) for row in batch])
         logps = torch.log_softmax(logits / temperature, -1)
         return token, logps.gather(1, token[:, None])[:, 0], common.entropy_of(logps)
     with monkeypatch.context() as patch:
         patch.setattr(common, "Row", Row)
         patch.setattr(common, "choose", choose)
         tasks = [ask(f"question {i} {'x' * i}") for i in range(len(rows))]
-        return common.rollout(model, tok, tasks, tool=common.TOOLS["calculator"],
-                              **{"max_new_tokens": 400, **how})
+        how = {"max_new_tokens": 400, "tool": common.TOOLS["calculator"], **how}
+        return common.rollout(model, tok, tasks, **how)
 
 
 def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
@@ -287,19 +274,10 @@ def test_same_seed_same_rollouts_and_greedy_is_the_argmax(tok, model):
     assert torch.equal(logits[:, :-1].argmax(-1)[chosen], greedy.ids[:, 1:][chosen])
 
 
-QWEN_LIKE = """{%- for m in messages %}{%- if m.role == 'assistant' %}<|im_start|>assistant
-{% if loop.last %}<think>
-
-</think>
-
-{% endif %}{{ m.content }}<|im_end|>
-{% elif m.role == 'tool' %}<|im_start|>user
-<tool_response>
-{{ m.content }}
-</tool_response><|im_end|>
-{% else %}<|im_start|>{{ m.role }}
+# Shows no tools, knows no role `tool`, and closes the thinking block where thinking is off, as Qwen3's does.
+OTHER = """{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
-{% endif %}{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% if not enable_thinking %}<think>
 
 </think>
@@ -307,18 +285,18 @@ QWEN_LIKE = """{%- for m in messages %}{%- if m.role == 'assistant' %}<|im_start
 {% endif %}{% endif %}"""
 
 
-def test_tool_glue_comes_from_the_template(tok):
-    other = copy.deepcopy(tok)
-    other.chat_template = QWEN_LIKE  # renders the last assistant turn differently, as Qwen3 does
+def test_templates(tok):
+    """What stands around a tool's answer comes from the template; the tool is shown by any template."""
+    other, tool = copy.deepcopy(tok), common.TOOLS["calculator"]
+    other.chat_template = OTHER
     glue = "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     assert tok.decode(common.tool_message_ids(tok, "5")) == glue
     assert tok.decode(common.tool_message_ids(other, "5")) == glue + "<think>\n\n</think>\n\n"
     assert tok.decode(common.tool_message_ids(other, "5", thinking=True)) == glue
-    template = QWEN_LIKE.replace("m.role == 'tool'", "false")
-    other.chat_template = template.replace("{% else %}", "{% elif m.role == 'user' %}")
-    common.tool_glue.cache_clear()
-    assert "<tool_response>\n5\n</tool_response>" in tok.decode(common.tool_message_ids(other, "5"))
-    common.tool_glue.cache_clear()
+    for messages in (ask("1+1?").messages, [{"role": "system", "content": "1+1?"}, *ask("2?").messages]):
+        for t in (tok, other):
+            text = tok.decode(common.prompt_ids(t, messages, tool))
+            assert "Evaluates one arithmetic expression." in text and "expression" in text and "1+1?" in text
 
 
 def test_no_text_in_a_prompt_can_begin_or_end_a_turn(tok):
@@ -334,34 +312,19 @@ def test_no_text_in_a_prompt_can_begin_or_end_a_turn(tok):
     assert [i for i in written if i in special] == [i for i in plain if i in special]
 
 
-def test_tool_schema_reaches_the_prompt_whatever_the_template(tok):
-    other, tool = copy.deepcopy(tok), common.TOOLS["calculator"]
-    other.chat_template = QWEN_LIKE
-    for t in (tok, other):
-        text = tok.decode(common.prompt_ids(t, ask("1+1?").messages, tool))
-        assert "Evaluates one arithmetic expression." in text and "expression" in text
-    system = [{"role": "system", "content": "Be brief."}, *ask("1+1?").messages]
-    text = tok.decode(common.prompt_ids(other, system, tool))
-    assert text.count("<|im_start|>system") == 1 and "Be brief." in text
-
-
 # -------------------------------------------------------------------------------------------- tools
-@pytest.mark.parametrize("expression, answer", [
-    ("(4+1)%10", "5"), ("-3%10", "7"), ("2**10", "1024"), ("7/2", "3.5"), ("1e3", "1000"), ("  6*7 ", "42")])
-def test_calculator(expression, answer):
-    assert common.run_calculator({"expression": expression}) == (answer, "ok")
-
-
-@pytest.mark.parametrize("expression", ["4+*1", "", "1/0", "9**9**9", "__import__('os')", "a", "1j", "'x'*3",
-                                        "(" * 300, "1e999", "True", "(-8)**.5", "\x00"])
-def test_calculator_refuses(expression):
-    assert common.run_calculator({"expression": expression}) == (common.BAD_EXPRESSION, "error")
+def test_calculator():
+    for text, answer in (("(4+1)%10", "5"), ("-3%4", "1"), ("2**10", "1024"), ("7/2", "3.5"), (" 6*7", "42")):
+        assert common.run_calculator({"expression": text}) == (answer, "ok")
+    for text in ("4+*1", "", "1/0", "9**9**9", "__import__('os')", "a", "1j", "'x'*3", "(" * 300, "1e999",
+                 "True", "(-8)**.5", "1<2", "not 1", "f(1)"):
+        assert common.run_calculator({"expression": text}) == (common.BAD_EXPRESSION, "error"), text
     assert common.run_calculator({}) == (common.BAD_EXPRESSION, "error")
 
 
-def test_python_tool():
+def test_python_tool(tmp_path):
     run = common.run_python
-    assert run({"code": "x = 6\nx * 7"}) == ("42", "ok")
+    assert run({"code": "x = 6\nx * 7"}) == ("42", "ok") and run({"code": "[].append(1)"})[0] == "(no output)"
     assert run({"code": "text\n```python\nprint(1)\n```"}) == ("1", "ok")
     text, status = run({"code": "1/0"})
     assert status == "error" and "ZeroDivisionError" in text and len(text) <= 273
@@ -370,16 +333,11 @@ def test_python_tool():
     assert len(text) == 273 and text.startswith("a" * 128 + "...") and text.endswith("b" * 128)
     assert run({"code": "import os; print(sorted(os.environ))"})[0] in ("[]", "['LC_CTYPE']")
     assert run({"code": "input()"})[1] == "error" and run({"code": ""}) == ("(no output)", "ok")
-
-
-def test_python_tool_kills_what_is_left_running(tmp_path):
-    started, mark = time.time(), tmp_path / "mark"
-    code = ("import os, time\nif os.fork() == 0:\n    time.sleep(3)\n"
-            f"    open({str(mark)!r}, 'w')\nwhile True: pass")
-    assert common.run_python({"code": code}, seconds=1.0) == ("error: timed out", "timeout")
-    assert time.time() - started < 3
-    time.sleep(3)
-    assert not mark.exists()
+    # a time-out ends the children, too
+    code = f"import os,time\nif os.fork() == 0: time.sleep(2); open('{tmp_path}/mark', 'w')\nwhile True: pass"
+    assert run({"code": code}, seconds=1.0) == ("error: timed out", "timeout")
+    time.sleep(2)
+    assert not (tmp_path / "mark").exists()
 
 
 def test_parse_tool_call():
@@ -390,17 +348,13 @@ def test_parse_tool_call():
 
 # --------------------------------------------------------------------------------- answers and data
 @pytest.mark.parametrize("text, answer, right", [
-    ("so \\boxed{42}", "42", True), ("\\boxed{1,234.0}", "1234", True),
+    ("so \\boxed{42}", "42", True), ("\\boxed{1,234.0}", "1234", True), ("\\boxed{+1,000}", "1000.0", True),
     ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", True), ("\\boxed{1} then \\boxed{2}", "2", True),
-    ("\\boxed{2", "2", False), ("#### 72", "72", True), ("$18", "18", True),
-    ("<answer>\nD\n</answer>", "D", True), ("<answer>d</answer>", "D", False),
-    ("<answer>D. text</answer>", "D", False), ("I think it is 42", "42", False),
-    ("<think>\\boxed{1}</think> \\boxed{3}", "3", True), ("50%", "50", True), ("", "1", False),
-    ("\\boxed{}", "1", False), ("C", "C", True), ("-7.50", "-7.5", True), ("\\boxed{Paris}", "paris", True),
-    ("<reasoning>\nA or B\n</reasoning>\n<answer>\nB\n</answer>", "B", True),
-    ("<answer>BB</answer>", "B", False),
-    ("\\boxed{9007199254740993}", "9007199254740992", False), ("\\boxed{+1,000}", "1000.0", True),
-    ("\\boxed{007}", "7", True), ("\\boxed{nan}", "NaN", True), ("\\boxed{1e999999999}", "7", False)])
+    ("\\boxed{2", "2", False), ("#### 72", "72", True), ("$18", "18", True), ("50%", "50", True),
+    ("<answer>\nD\n</answer>", "D", True), ("<answer>d</answer>", "D", False), ("C", "C", True),
+    ("<answer>D. text</answer>", "D", False), ("I think it is 42", "42", False), ("", "1", False),
+    ("<think>\\boxed{1}</think> \\boxed{3}", "3", True), ("\\boxed{}", "1", False), ("-7.50", "-7.5", True),
+    ("\\boxed{Paris}", "paris", True), ("A or B\n<answer>\nB\n</answer>", "B", True)])
 def test_answers(text, answer, right):
     assert common.is_correct(text, answer) is right
 
@@ -418,11 +372,10 @@ def test_real_formats(tmp_path):
         path.write_text(text)
         return str(path)
     rows = [{"question": f"q{i}", "answer": f"text\n#### {i}"} for i in range(3)]
-    train, held = common.load_tasks(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n"), 1)
+    train, held = common.load_tasks(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"), 1)
     assert {t.answer for t in train + held} == {"0", "1", "2"} and "\\boxed" in held[0].messages[0]["content"]
-    choice = {"prompt": "Which?", "answer": 0, "system": "Answer in <answer>", "kind": "mcq", "tests": "-"}
-    two = json.dumps([choice, {**choice, "prompt": "?"}])
-    train, held = common.load_tasks(write(tmp_path / "b.json", two), 1)
+    choices = [{"prompt": which, "answer": 0, "system": "Answer in <answer>"} for which in ("?", "Which?")]
+    train, held = common.load_tasks(write(tmp_path / "b.json", json.dumps(choices)), 1)
     assert [m["role"] for m in train[0].messages] == ["system", "user"] and train[0].answer == "0"
     assert train[0].messages[1]["content"] in ("?", "Which?")
     train, _ = common.load_tasks(write(tmp_path / "c.csv", "problem,solution\n1+1,2\n2+2,4\n"), 1)
@@ -433,26 +386,25 @@ GOOD = '{"question": "q", "answer": "1"}\n'
 
 
 @pytest.mark.parametrize("name, text, word", [
-    ("a.jsonl", GOOD + '{"question": "tru', "line 2"), ("a.jsonl", '{"foo": 1, "answer": "2"}\n', "'foo'"),
-    ("a.jsonl", GOOD + "3\n", "row 2"), ("a.jsonl", GOOD, "too few"), ("a.jsonl", "", "too few"),
+    ("a.jsonl", GOOD + '{"question": "tru', "line 2"), ("a.jsonl", GOOD + GOOD[:9] + "\n" + GOOD, "line 2"),
+    ("a.jsonl", '{"foo": 1, "answer": "2"}\n', "'foo'"), ("a.jsonl", GOOD, "too few"),
     ("a.json", '[\n{"question": "q"},\n{"question"\n]', "line 4"), ("a.jsonl", "\xe9", "utf-8"),
     ("a.jsonl", '{"question": ["hi"], "answer": "1"}', "a text"), ("x.parquet", "none", "cannot read"),
-    ("a.csv", "foo,bar\n1,2\n", "'bar'"), ("", "", "cannot read"), ("notes.txt", "hi", "no network")])
+    ("a.csv", "foo,bar\n1,2\n", "'bar'"), ("notes.txt", "hi", "no network")])
 def test_bad_data_is_refused_in_one_sentence(name, text, word, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(common, "hub_reachable", lambda: False)
-    path = tmp_path / (name or "missing.jsonl")
-    if name:
-        path.write_bytes(text.encode("latin-1"))
-    assert word in refused(common.load_tasks, str(path), 1)
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    assert word in refused(common.load_tasks, str(tmp_path / name), 1)
+    assert "cannot read" in refused(common.load_tasks, str(tmp_path), 1)
 
 
 def test_without_a_network_one_sentence_at_once(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(common.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     common.hub_reachable.cache_clear()
     started = time.time()
-    assert "no network" in refused(common.load_model, "no/such-model", "cpu")
+    assert "'tiny'" in refused(common.load_model, "no/such-model", "cpu")
     assert "'chain'" in refused(common.load_tasks, "no/such-dataset", 1)
-    assert "cannot load the model" in refused(common.load_model, str(tmp_path), "cpu")
+    assert "cannot load" in refused(common.load_model, str(tmp_path), "cpu")
     assert time.time() - started < 10
     common.hub_reachable.cache_clear()
 
@@ -460,8 +412,7 @@ def test_without_a_network_one_sentence_at_once(tmp_path, refused, monkeypatch):
 @pytest.mark.parametrize("argv, word", [
     (["--nonsense", "1"], "--nonsense"), (["--step", "3"], "--step"), (["--steps", "many"], "many"),
     (["--steps", "-1"], "-1"), (["--group_size", "0"], "group_size"), (["--temperature", "0"], "temperature"),
-    (["--method", "ppo"], "ppo"), (["--resume", "--overwrite"], "--resume"),
-    (["--lr", "nan"], "lr"),
+    (["--method", "ppo"], "ppo"), (["--resume", "--overwrite"], "--resume"), (["--lr", "nan"], "lr"),
     (["--device", "abacus"], "abacus")])
 def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
     assert word in refused(lambda: common.setup(common.parse(common.Config, argv)))
@@ -470,34 +421,26 @@ def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
 # --------------------------------------------------------------------------------------- evaluation
 def test_evaluate(monkeypatch, tok, model):
     out = some_rollouts(model, tok, group_size=1)
-    out = dataclasses.replace(out, texts=["\\boxed{7}", "7", "\\boxed{1}"],
-                              finished=torch.tensor([True, False, True]))
-    temperatures = []
-    monkeypatch.setattr(common, "rollout", lambda *a, **how: temperatures.append(how["temperature"]) or out)
+    out.texts, out.finished = ["\\boxed{7}", "7", "\\boxed{1}"], torch.tensor([True, False, True])
+    monkeypatch.setattr(common, "rollout", lambda *args, **how: out)
     result = common.evaluate(model, tok, [ask("a"), ask("b"), ask("c")], max_new_tokens=20)
-    assert temperatures == [1.0, 0.0] and result["length"] == 20
-    assert result["accuracy"] == result["greedy_accuracy"] == pytest.approx(1 / 3)
-    assert result["se"] == pytest.approx(1 / 3)
-    assert result["finished"] == pytest.approx(2 / 3)
+    third = dict.fromkeys(("accuracy", "se", "greedy_accuracy", "greedy_se"), 1 / 3)
+    assert result == pytest.approx({**third, "length": 20, "finished": 2 / 3})
 
 
 # ------------------------------------------------------------------------------ models, cache, runs
-def fitted(tok, **how):
-    rng = random.Random(5)
-    docs = [common.demonstration(tok, common.small_chain(rng), "\\boxed{1}") for _ in range(64)]
-    return common.fit_tiny("a test model", common.tiny_model(tok, 3, 32), docs, steps=10, **how)
-
-
 def test_cache_hit_and_fresh(tok, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = fitted(tok)
+    docs = [common.demonstration(tok, common.small_chain(random.Random(5)), "\\boxed{1}")] * 64
+    first, again, anew = models = [common.tiny_model(tok, 3, 32) for _ in range(3)]
+    stamps = []
+    for student in models:
+        common.fit_tiny("a test model", student, docs, steps=10, fresh=student is anew)
+        path, = (tmp_path / "four-papers").iterdir()
+        stamps.append(path.stat().st_mtime_ns)
+    assert stamps[0] == stamps[1] < stamps[2]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
     assert all(p.grad is None for p in first.parameters())  # nothing may leak into the training that follows
-    path, = (tmp_path / "four-papers").iterdir()
-    stamp = path.stat().st_mtime_ns
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), fitted(tok).parameters()))
-    assert path.stat().st_mtime_ns == stamp
-    fitted(tok, fresh=True)
-    assert path.stat().st_mtime_ns > stamp
 
 
 def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
@@ -505,10 +448,9 @@ def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
     tok.save_pretrained(tmp_path)
     loaded, loaded_tok = common.load_model(str(tmp_path), "cpu")
     common.check_same_tokenizer(tok, loaded_tok)
-    messages, tool = ask("Start with 1, work modulo 10: A+1.").messages, common.TOOLS["calculator"]
-    assert common.prompt_ids(loaded_tok, messages, tool) == common.prompt_ids(tok, messages, tool)
-    ids = torch.tensor([common.prompt_ids(tok, messages)])
-    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
+    ids, again = (torch.tensor([common.prompt_ids(t, ask("1 + 1?").messages, common.TOOLS["calculator"])])
+                  for t in (tok, loaded_tok))
+    assert torch.equal(ids, again) and torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
 
 
 SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "20", "--show_every", "0"]
@@ -541,12 +483,12 @@ def test_resume_equals_never_stopped_and_nothing_is_lost(tmp_path, refused):
 
 @dataclasses.dataclass
 class Compare(common.Config):
-    seeds: int = 2
+    seeds: int = 1
 
 
 def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
     """Finished cells are taken, a cell in the middle goes on; the table is that of an uninterrupted run."""
-    variants, trained = {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}}, []
+    trained = []
 
     def compare(out, stop=None, **flags):
         def train(cell):
@@ -558,6 +500,7 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
             return common.train(cell)
         config = Compare(steps=3, prompts_per_step=2, group_size=4, eval_tasks=20, save_every=1,
                          out=str(tmp_path / out), **flags)
+        variants = {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}, "zero": {"lr": 0.0}}
         return common.seed_table(common.compared(train, config, variants, "x"), {"accuracy_after": "T = 1"})
 
     whole = compare("whole")
@@ -565,15 +508,14 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         compare("parts", stop=1)
     capsys.readouterr()
-    assert compare("parts") == whole
-    assert trained == ["low-s0", "a-high-rate-s0", "low-s1", "a-high-rate-s1"]
+    assert compare("parts") == whole and trained == ["low-s0", "a-high-rate-s0", "zero-s0"]
     out = capsys.readouterr().out
-    assert out.count("taken from") == 1 and out.count("step 1/3") == 2 and out.count("step 2/3") == 3
+    assert out.count("taken from") == 1 and out.count("step 1/3") == 1 and out.count("step 2/3") == 2
     for name in trained:
         assert timeless(tmp_path / "whole" / name) == timeless(tmp_path / "parts" / name)
     trained.clear()
-    compare("parts", seeds=1, overwrite=True)
-    assert trained == ["low-s0", "a-high-rate-s0"]
+    compare("parts", overwrite=True)
+    assert len(trained) == 3
 
 
 def test_seed_table():
@@ -605,8 +547,7 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("error, word", [(torch.OutOfMemoryError("CUDA out of\nmemory."), "--micro_batch"),
                                          (OSError(28, "No space left\non device", "x"), "No space left")])
 def test_what_may_happen_at_any_time_is_one_sentence(error, word, refused):
-    def train(config):
-        raise error
+    train = mock.Mock(side_effect=error)
     assert word in refused(common.launch, common.Config(), "x", train)
 
 
@@ -628,11 +569,11 @@ def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, tok, model):
     assert results[0].abs().max() < 1e-5 < results[1].abs().max() < 0.1
     summary = json.loads((tmp_path / "True" / "summary.json").read_text())
     assert summary["skipped_steps"] == 0 and summary["versions"]["torch"] == torch.__version__
-    frozen.save_pretrained(tmp_path / "bf16")
-    tok.save_pretrained(tmp_path / "bf16")
-    monkeypatch.undo()
-    assert common.load_model(str(tmp_path / "bf16"), "cpu", trainable=False)[0].dtype is torch.bfloat16
-    assert common.load_model(str(tmp_path / "bf16"), "cpu")[0].dtype is torch.float32
+    for part in (frozen, tok):
+        part.save_pretrained(tmp_path / "bf16")
+    monkeypatch.undo()  # on the CPU, a frozen model keeps its type
+    for trainable, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        assert common.load_model(str(tmp_path / "bf16"), "cpu", trainable)[0].dtype is dtype
 
 
 def test_grpo_learns(tmp_path):
