@@ -336,15 +336,17 @@ def read_rows(source: str) -> list[dict]:
 
 
 def row_to_task(row: dict, where: str) -> Task:
-    """One dataset row -> Task. Columns: question, problem or prompt; answer or solution; optional system."""
-    question = row.get("question") or row.get("problem") or row.get("prompt")
-    answer, system = row.get("answer", row.get("solution")), row.get("system") or ""
-    if not isinstance(question, str) or answer is None:
+    """One dataset row -> Task. Columns: question, problem or prompt, a text or a list of chat messages; answer
+    or solution; optional system."""
+    asked = row.get("question") or row.get("problem") or row.get("prompt")
+    answer, system = row.get("answer", row.get("solution")), row.get("system")
+    if not isinstance(asked, (str, list)) or answer is None:
         fail(f"{where} has {sorted(row)}, but needs question, problem or prompt (a text), answer or solution")
-    if "boxed" not in system + question and "<answer>" not in system + question:
-        question += "\n\nPut the final answer in \\boxed{}."
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": question})
+    messages += asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+    if not any(mark in m["content"] for m in messages for mark in ("boxed", "<answer>")):
+        last = messages[-1]["content"] + "\n\nPut the final answer in \\boxed{}."
+        messages[-1] = {**messages[-1], "content": last}
     return Task(messages, final_answer(str(answer)) or str(answer).strip())
 
 

@@ -378,6 +378,10 @@ def test_real_formats(tmp_path):
     train, held = common.load_tasks(write(tmp_path / "b.json", json.dumps(choices)), 1)
     assert [m["role"] for m in train[0].messages] == ["system", "user"] and train[0].answer == "0"
     assert train[0].messages[1]["content"] in ("?", "Which?")
+    talk = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2"), ("user", "3"))]
+    row = common.row_to_task({"prompt": talk, "solution": 4}, "here")
+    assert row.messages[:2] == talk[:2] and row.messages[2]["content"].startswith("3\n\nPut the final")
+    assert talk[2]["content"] == "3" and row.answer == "4"
     train, _ = common.load_tasks(write(tmp_path / "c.csv", "problem,solution\n1+1,2\n2+2,4\n"), 1)
     assert train[0].answer in ("2", "4")
 
@@ -389,7 +393,7 @@ GOOD = '{"question": "q", "answer": "1"}\n'
     ("a.jsonl", GOOD + '{"question": "tru', "line 2"), ("a.jsonl", GOOD + GOOD[:9] + "\n" + GOOD, "line 2"),
     ("a.jsonl", '{"foo": 1, "answer": "2"}\n', "'foo'"), ("a.jsonl", GOOD, "too few"),
     ("a.json", '[\n{"question": "q"},\n{"question"\n]', "line 4"), ("a.jsonl", "\xe9", "utf-8"),
-    ("a.jsonl", '{"question": ["hi"], "answer": "1"}', "a text"), ("x.parquet", "none", "cannot read"),
+    ("a.jsonl", '{"question": 7, "answer": "1"}', "a text"), ("x.parquet", "none", "cannot read"),
     ("a.csv", "foo,bar\n1,2\n", "'bar'"), ("notes.txt", "hi", "no network")])
 def test_bad_data_is_refused_in_one_sentence(name, text, word, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(common, "hub_reachable", lambda: False)
