@@ -336,8 +336,8 @@ def read_rows(source: str) -> list[dict]:
 
 
 def row_to_task(row: dict, where: str) -> Task:
-    """One dataset row -> Task. Columns: question, problem or prompt, a text or a list of chat messages; answer
-    or solution; optional system."""
+    """One dataset row -> Task. Columns: question, problem or prompt (a text or a list of chat messages);
+    answer or solution; optional system."""
     asked = row.get("question") or row.get("problem") or row.get("prompt")
     answer, system = row.get("answer", row.get("solution")), row.get("system")
     if not isinstance(asked, (str, list)) or answer is None:

@@ -378,7 +378,8 @@ def test_real_formats(tmp_path):
     train, held = common.load_tasks(write(tmp_path / "b.json", json.dumps(choices)), 1)
     assert [m["role"] for m in train[0].messages] == ["system", "user"] and train[0].answer == "0"
     assert train[0].messages[1]["content"] in ("?", "Which?")
-    talk = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2"), ("user", "3"))]
+    talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"},
+            {"role": "user", "content": "3"}]
     row = common.row_to_task({"prompt": talk, "solution": 4}, "here")
     assert row.messages[:2] == talk[:2] and row.messages[2]["content"].startswith("3\n\nPut the final")
     assert talk[2]["content"] == "3" and row.answer == "4"
