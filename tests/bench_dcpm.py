@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from datetime import date
-from itertools import combinations, groupby
+from itertools import groupby
 from pathlib import Path
 from unittest import mock
 
@@ -121,7 +121,7 @@ def choose(question, lines, options):
             return [date.fromisoformat(first[o]).toordinal() if "" < first[o] < end else 0 for o in options]
         steps = [[first[name] for name in option.split(" → ")] for option in options]
         return [sum(float(a < b) if a and b else 0.5 for a, b in zip(s, s[1:])) for s in steps]
-    if dcpm.asked_about(question):
+    if any(re.search(pattern, question, re.I) for pattern in dcpm.ASK.values()):
         current = [entry for entry in entries if "current" in entry[1]] or entries
         return [date.fromisoformat(d[-1]).toordinal() if (d := dates(o, current)) else 0 for o in options]
     return by_behaviour(question, lines, options)
@@ -229,9 +229,8 @@ MECHANISMS = {  # name -> what replaces what
     "as it is": (dcpm, "MIN_STABLE", dcpm.MIN_STABLE),
     "clustering -> one cluster": (dcpm, "two_stage_dbscan", lambda v, limits: np.zeros(v.shape[0], int)),
     "clustering -> all noise": (dcpm, "two_stage_dbscan", lambda v, limits: np.full(v.shape[0], -1)),
-    "sweep -> no pair": (dcpm, "collisions", lambda b, c, domains, limits: []),
-    "sweep -> every pair": (dcpm, "collisions", lambda b, c, domains, limits: list(
-        combinations(range(len(domains)), 2))),
+    "sweep -> no pair": (dcpm, "collisions", lambda b, c, domains, limits: np.eye(len(domains)) < 0),
+    "sweep -> every pair": (dcpm, "collisions", lambda b, c, domains, limits: np.eye(len(domains)) == 0),
     "strip -> identity": (dcpm.Rules, "strip", lambda self, schemas, said: [s.text for s in schemas])}
 READERS = {"System1": dict(schemas=False), "no sweep": dict(sweep=False), "full": {}}
 

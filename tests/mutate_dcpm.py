@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +32,9 @@ def ignoring(induce):
 MUTATIONS = {  # name -> [(owner, attribute, what it becomes)]
     "clustering -> one cluster": [(dcpm, "two_stage_dbscan", lambda rows, _: np.zeros(rows.shape[0], int))],
     "clustering -> all noise": [(dcpm, "two_stage_dbscan", lambda rows, _: np.full(rows.shape[0], -1))],
-    "sweep -> no pair": [(dcpm, "collisions", lambda *args: [])],
-    "sweep -> every pair": [(dcpm, "collisions", lambda rows, *_: [*combinations(range(rows.shape[0]), 2)])],
-    "watermark off": [(dcpm, "is_fresh", lambda memory: True)],
+    "sweep -> no pair": [(dcpm, "collisions", lambda rows, *_: np.zeros((rows.shape[0],) * 2, bool))],
+    "sweep -> every pair": [(dcpm, "collisions", lambda rows, *_: ~np.eye(rows.shape[0], dtype=bool))],
+    "watermark off": [(dcpm.Store, "fresh", property(lambda self: True, lambda self, value: None))],
     "strip -> identity": [(backend, "strip", schema_texts) for backend in (dcpm.Rules, dcpm.LLM)],
     "against ignored": [(backend, "induce", ignoring(backend.induce)) for backend in (dcpm.Rules, dcpm.LLM)],
 }

@@ -13,6 +13,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dcpm  # noqa: E402
 
@@ -102,7 +104,9 @@ def tell(name, memory):
           f"{len(memory.heads)} chains, {len(long)} of them revised")
     for slot in long:
         print(f"   {dcpm.chain_line(memory, slot)}")
-    print(f"schemas {dict(count(memory.schemas))}, cores {dict(count(memory.cores))}, gate {memory.gate}, "
+    gate = memory.gate.get("user", np.zeros(0))  # the cosines of V_beh
+    print(f"schemas {dict(count(memory.schemas))}, cores {dict(count(memory.cores))}, pairs alike "
+          f"{(gate > memory.limits.alike).sum()} of {len(gate)}, "
           f"broken invariants {memory.check() or 'none'}")
     for node in [*memory.schemas.values(), *memory.cores.values(), *memory.intentions.values()]:
         print(f"   [{node.id}] {node.text} ({node.status}; {getattr(node, 'behaviour', '')[:90]})")

@@ -13,6 +13,7 @@ import bench_dcpm as bench
 import bench_dcpm_corpora as corpora
 import dcpm
 from conftest import Server
+from stress_memory import snapshot
 
 LOCOMO = [{"sample_id": "two", "conversation": {
     "session_2_date_time": "9:05 am on 2 June, 2023", "session_2": [
@@ -40,7 +41,7 @@ def test_locomo(tmp_path, capsys):
     memory = dcpm.Memory()
     corpora.ingest(sample, memory, 3)
     assert memory.check() == [] and memory.head(("Ada", "residence", None)).value == "Lima"
-    assert "GOLD" not in dcpm.snapshot(memory)
+    assert "GOLD" not in snapshot(memory)
     assert ("multi-hop", "TF-IDF", [1, 1, 1]) in corpora.evidence_recall(sample, memory)
     corpora.main(["--data", str(path), "--sessions", "1"])
     assert "two: 1 turns" in capsys.readouterr().out
