@@ -245,24 +245,29 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision(model.device))
 
 
+def load_pretrained(name: str, kind, dtype="auto"):
+    """Hugging Face id or folder -> (model of the class `kind`, tokenizer); one sentence if there is none."""
+    offline = Path(name).exists() or not hub_reachable()
+    try:
+        tok = AutoTokenizer.from_pretrained(name, local_files_only=offline)
+        return kind.from_pretrained(name, dtype=dtype, local_files_only=offline).eval(), tok
+    except (OSError, ValueError) as error:
+        fail(f"cannot load '{name}' ({str(error).strip().splitlines()[0]}); give a model's folder or, with a "
+             "network, a Hugging Face id; the training scripts' own default is 'tiny'")
+
+
 def load_model(name: str, device, trainable: bool = True):
     """Hugging Face id or folder -> (model, tokenizer). Frozen on a CPU, it keeps the type it was saved in."""
     bf16 = mixed_precision(device)
     # fp32 master weights: bf16 ones would swallow updates of 1e-6
     dtype = torch.float32 if trainable else torch.bfloat16 if bf16 else "auto"
-    offline = Path(name).exists() or not hub_reachable()
-    try:
-        tok = AutoTokenizer.from_pretrained(name, local_files_only=offline)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=offline)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load '{name}' ({str(error).strip().splitlines()[0]}); give 'tiny' (the default), a "
-             "model's folder or, with a network, a Hugging Face id")
+    model, tok = load_pretrained(name, AutoModelForCausalLM, dtype)
     if tok.chat_template is None:
         fail(f"the tokenizer of '{name}' has no chat template; take an instruction-tuned model")
     tok.pad_token = tok.pad_token or tok.eos_token
     if trainable and bf16:  # acts in train mode only, so not in rollouts
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).requires_grad_(trainable).eval(), tok
+    return model.to(device).requires_grad_(trainable), tok
 
 
 def check_same_tokenizer(tok, teacher_tok) -> None:

@@ -930,9 +930,10 @@ class LLM:
 @functools.cache
 def sentence_encoder(name):
     """Folder or hub id -> embed(texts) -> (n, d) unit rows: mean pooling over the tokens."""
+    import common
     import torch
-    from transformers import AutoModel, AutoTokenizer
-    tok, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+    from transformers import AutoModel
+    model, tok = common.load_pretrained(name, AutoModel)
 
     @torch.no_grad()
     def embed(texts):
