@@ -576,8 +576,10 @@ def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, tok, model):
     assert summary["skipped_steps"] == 0 and summary["versions"]["torch"] == torch.__version__
     for part in (frozen, tok):
         part.save_pretrained(tmp_path / "bf16")
-    monkeypatch.undo()  # on the CPU, a frozen model keeps its type
-    for trainable, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+    monkeypatch.undo()  # on a CPU that has bf16, a frozen model keeps its type
+    for has, trainable, dtype in ((True, False, torch.bfloat16), (True, True, torch.float32),
+                                  (False, False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
         assert common.load_model(str(tmp_path / "bf16"), "cpu", trainable)[0].dtype is dtype
 
 
