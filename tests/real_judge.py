@@ -5,8 +5,8 @@
 
 The chain's answers come from ropd.py's tiny student, before any training, and from its rules as teacher. For
 a file, --model writes the rollouts, and the file's own solution stands in for a teacher's answer; no rule can
-read those, so the table has the model's rows alone. "Advantage" is what the update sees of a reward: the
-distance from its group's mean.
+read those, so the table has the model's rows alone. "AUC inside" is the mean over the groups with right and
+wrong rollouts: all that centred advantages see.
 """
 import argparse
 import random
@@ -23,27 +23,21 @@ import common  # noqa: E402
 import ropd  # noqa: E402
 
 
-def chain_groups(args) -> tuple[list, list, list]:
-    """-> tasks; the teacher's answers to each; args.rollouts answers of the untrained student to each."""
-    rng, config = random.Random(args.seed), ropd.Config()
-    tasks = [ropd.small_chain(rng) for _ in range(args.groups)]
-    student, tok = ropd.load_student(config, "cpu")
-    return (tasks, ropd.teacher_answers(ropd.symbolic_teacher, tasks, args.teacher_answers),
-            rollouts(student, tok, tasks, args))
-
-
-def file_groups(args) -> tuple[list, list, list]:
-    """The same from a file of problems with worked solutions and a chat model's rollouts."""
-    rows = random.Random(args.seed).sample(common.read_rows(args.data), args.groups)
-    tasks = [common.row_to_task(row, args.data) for row in rows]
-    solutions = [re.sub(r"<<.*?>>", "", row["answer"]).replace("#### ", "The answer is ") for row in rows]
-    return tasks, [[s] for s in solutions], rollouts(*common.load_model(args.model, "cpu", False), tasks, args)
-
-
-def rollouts(model, tok, tasks, args) -> list[list[str]]:
+def make_groups(args) -> tuple[list, list, list]:
+    """-> tasks; the teacher's answers to each; args.rollouts answers of a student to each."""
+    rng = random.Random(args.seed)
+    if args.data == "chain":
+        tasks = [ropd.small_chain(rng) for _ in range(args.groups)]
+        teachers = ropd.teacher_answers(ropd.symbolic_teacher, tasks, args.teacher_answers)
+        model, tok = ropd.load_student(ropd.Config(), "cpu")
+    else:
+        rows = rng.sample(common.read_rows(args.data), args.groups)
+        tasks = [common.row_to_task(row, args.data) for row in rows]
+        teachers = [[re.sub("<<.*?>>", "", row["answer"])] for row in rows]  # GSM8K's marks for a calculator
+        model, tok = common.load_model(args.model, "cpu", trainable=False)
     n, generator = args.rollouts, torch.Generator().manual_seed(args.seed)
     out = common.rollout(model, tok, tasks, n, max_new_tokens=args.answer_tokens, generator=generator)
-    return [out.texts[i:i + n] for i in range(0, len(out.texts), n)]
+    return tasks, teachers, [out.texts[i:i + n] for i in range(0, len(out.texts), n)]
 
 
 def noted(judge, size, log: list):
@@ -72,20 +66,20 @@ def measure(name: str, method: str, judge, size, tasks, teachers, students) -> l
         lost = sum(group.left_out == role for group in groups)
         row.append(f"{bad}, {lost} of {len(first)}" if first else "-")
     kept = [(g, t) for g, t in zip(groups, tasks) if not g.left_out]
-    right = [common.is_correct(text, t.answer) for g, t in kept for text in g.students]
-    reward = [r for g, _ in kept for r in g.rewards]
-    inside = [ropd.auc(g.rewards, [common.is_correct(text, t.answer) for text in g.students]) for g, t in kept]
+    marks = [[common.is_correct(text, t.answer) for text in g.students] for g, t in kept]
+    inside = [x for (g, _), m in zip(kept, marks) if (x := ropd.auc(g.rewards, m)) is not None]
     judged = sum(len(g.rewards) + len(g.teacher_rewards) for g, _ in kept)
     row.append(f"{sum(g.wrong_totals for g, _ in kept)} of {judged}")
-    row += [f"{x:.2f}" if x is not None else "-" for x in
-            (ropd.auc(reward, right), ropd.mean([x for x in inside if x is not None]))]
-    row.append(f"{ropd.mean([r for g, _ in kept for r in g.teacher_rewards]) or 0:.2f}, "
-               f"{ropd.mean(reward) or 0:.2f}")
+    right, reward = sum(marks, []), [r for g, _ in kept for r in g.rewards]
+    row += ["-" if x is None else f"{x:.2f}" for x in (ropd.auc(reward, right), ropd.mean(inside))]
+    teacher = ropd.mean([r for g, _ in kept for r in g.teacher_rewards]) or 0
+    row.append(f"{teacher:.2f}, {ropd.mean(reward) or 0:.2f}")
     for role in ("rubric", "verdict"):
         sizes = [entry[3:] for entry in log if entry[0] == role and entry[4] is not None]
         row.append(", ".join(f"{ropd.mean(column):.0f}" for column in zip(*sizes)) or "-")
-    ropd.show_group(groups[0], [common.is_correct(s, tasks[0].answer) for s in students[0]], len(students[0]))
-    print(f"{name}: {dict(tally)}, {len(kept)} groups with {sum(right)} of {len(right)} rollouts right\n")
+    for (g, _), m in list(zip(kept, marks))[:1]:
+        ropd.show_group(g, m, len(m))
+    print(f"{name}: {dict(tally)}; {len(kept)} groups kept, {sum(right)} of {len(right)} rollouts right\n")
     return [*row, f"{seconds:.0f}"]
 
 
@@ -103,7 +97,7 @@ def main() -> None:
     if not chain and not args.model:
         common.fail("with --data, --model writes the rollouts")
     args.groups = args.groups or (16 if chain else 8)
-    found = (chain_groups if chain else file_groups)(args)
+    found = make_groups(args)
     size = len  # characters of a server's texts: its tokenizer is not here
     if not args.judge.startswith("http"):
         tok = AutoTokenizer.from_pretrained(args.judge)
@@ -118,7 +112,7 @@ def main() -> None:
                                           ("model, both", "ropd", model)]
     rows = [measure(name, method, judge, size, *found) for name, method, judge in judges]
     print(common.table(rows, ["judge", "rubrics: unreadable at first, at last", "verdicts: likewise",
-                              "wrong totals", "AUC of the reward", "inside groups",
+                              "wrong totals", "AUC", "AUC inside",
                               "reward of teacher, student", "tokens of rubric prompt, reply",
                               "of verdict prompt, reply", "seconds"]))
 

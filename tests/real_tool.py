@@ -1,6 +1,6 @@
 """By hand: does a frozen chat model call the Python tool, and is it right more often?
 
-    python tests/real_tool.py --model DIR --data FILE [--only WORDS]
+    python tests/real_tool.py --model DIR --data FILE [--only 0 4]
 
 The same problems, greedy, once without the tool and once for each way of asking for it: other messages before
 the problem, `common.prompt_ids` as it is. A call counts if `common.parse_tool_call` reads it; code in a ```
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="a Hugging Face id or folder")
     parser.add_argument("--data", required=True, help="a file of problems, as for the training scripts")
-    parser.add_argument("--only", nargs="*", default=list(WAYS), help=f"some of {list(WAYS)}")
+    parser.add_argument("--only", type=int, nargs="*", default=range(len(WAYS)), help=f"of {list(WAYS)}")
     for flag, value in (("problems", 32), ("max_new_tokens", 320), ("max_turns", 3),
                         ("batch", 8), ("show", 1)):
         parser.add_argument(f"--{flag}", type=int, default=value)
@@ -45,7 +45,7 @@ def main() -> None:
     tasks = [common.row_to_task(row, args.data) for row in rows]
     model, tok = common.load_model(args.model, "cpu", trainable=False)
     table = []
-    for way in args.only:
+    for way in (list(WAYS)[i] for i in args.only):
         began, right, calls, finished, users = time.time(), [], Counter(), 0, 0
         tool = None if WAYS[way] is None else common.TOOLS["python"]
         head = [{"role": role, "content": text} for role, text in WAYS[way] or []]
