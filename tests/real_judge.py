@@ -92,6 +92,7 @@ def main() -> None:
     for flag, value in (("groups", 0), ("rollouts", 4), ("teacher_answers", 2), ("answer_tokens", 320),
                         ("reply_tokens", 700), ("seed", 0)):
         parser.add_argument(f"--{flag}", type=int, default=value)
+    parser.add_argument("--only", type=int, nargs="*", default=range(4), help="which rows of the table")
     args = parser.parse_args()
     chain = args.data == "chain"
     if not chain and not args.model:
@@ -107,10 +108,9 @@ def main() -> None:
     def half(talks, **sampling):  # the rules write the rubric, the model judges by it
         write = talks and talks[0][0]["content"].startswith(ropd.RUBRICATOR)
         return (ropd.symbolic_judge if write else model)(talks, **sampling)
-    judges = [("rules", "ropd", ropd.symbolic_judge), ("rules' rubric, model's verdict", "ropd", half)]
-    judges = (judges if chain else []) + [("model, a score without rubric", "judge", model),
-                                          ("model, both", "ropd", model)]
-    rows = [measure(name, method, judge, size, *found) for name, method, judge in judges]
+    judges = [("rules", "ropd", ropd.symbolic_judge), ("model", "ropd", model),
+              ("rules' rubric, model's verdict", "ropd", half), ("model, a score without rubric", "judge", model)]
+    rows = [measure(*judges[i], size, *found) for i in args.only if chain or i in (1, 3)]
     print(common.table(rows, ["judge", "rubrics: unreadable at first, at last", "verdicts: likewise",
                               "wrong totals", "AUC", "AUC inside",
                               "reward of teacher, student", "tokens of rubric prompt, reply",
