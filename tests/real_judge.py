@@ -109,7 +109,7 @@ def main() -> None:
         write = talks and talks[0][0]["content"].startswith(ropd.RUBRICATOR)
         return (ropd.symbolic_judge if write else model)(talks, **sampling)
     judges = [("rules", "ropd", ropd.symbolic_judge), ("model", "ropd", model),
-              ("rules' rubric, model's verdict", "ropd", half), ("model, a score without rubric", "judge", model)]
+              ("rules' rubric, model's verdict", "ropd", half), ("model, no rubric", "judge", model)]
     rows = [measure(*judges[i], size, *found) for i in args.only if chain or i in (1, 3)]
     print(common.table(rows, ["judge", "rubrics: unreadable at first, at last", "verdicts: likewise",
                               "wrong totals", "AUC", "AUC inside",
