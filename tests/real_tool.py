@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a Hugging Face id or folder")
     parser.add_argument("--data", required=True, help="a file of problems, as for the training scripts")
     parser.add_argument("--only", type=int, nargs="*", default=range(len(WAYS)), help=f"of {list(WAYS)}")
-    for flag, value in (("problems", 32), ("max_new_tokens", 400), ("max_turns", 3), ("batch", 8), ("show", 1)):
+    numbers = {"problems": 32, "max_new_tokens": 400, "max_turns": 3, "batch": 8, "show": 1}
+    for flag, value in numbers.items():
         parser.add_argument(f"--{flag}", type=int, default=value)
     args = parser.parse_args()
     rows = random.Random(0).sample(common.read_rows(args.data), args.problems)
