@@ -3,6 +3,7 @@ never another exception or a wrong total.
 
     python tests/stress_judge.py [COUNT]        100,000 by default, about half a minute
 """
+import contextlib
 import json
 import random
 import sys
@@ -15,7 +16,7 @@ import ropd
 
 ODD = [None, True, False, 0, 1, -1, 6, 3.0, 2.5, float("nan"), float("inf"), 10**30,
        "", "true", "3", "c1", " ", "\ud800", "\x1b[2J", [], {}, [[]], [True], "x" * 5000]
-PIECES = ["{", "}", "[", "]", '"', ",", ":", "\\", "\0", "é", "<think>", "</think>", "```"]
+PIECES = ["{", "}", "[", "]", '"', ",", ":", "\\", "\0", "é", "<think>", "</think>", "```json\n", "\ufeff"]
 
 
 def rubric_text(k: int) -> str:
@@ -49,24 +50,14 @@ def change_value(rng, node):
 
 
 def mutate(rng, text: str) -> str:
+    """Up to three changes: cut, insert, drop, prose around it, all of it twice, another value inside."""
     for _ in range(rng.randint(0, 3)):
-        action, at = rng.randrange(7), rng.randrange(len(text) + 1)
-        if action == 0:
-            text = text[:at]
-        elif action == 1:
-            text = text[:at] + rng.choice(PIECES) + text[at:]
-        elif action == 2:
-            text = text[:at] + text[at + rng.randint(1, 9):]
-        elif action == 3:
-            before = rng.choice(["Sure: ", "```json\n", "{} ", "<think>{</think>", "\ufeff"])
-            text = before + text + " done {}"
-        elif action == 4:
-            text += text
-        else:
-            try:
-                text = json.dumps(change_value(rng, json.loads(text)))
-            except ValueError:
-                pass
+        at, piece = rng.randrange(len(text) + 1), rng.choice(PIECES)
+        changes = [text[:at], text[:at] + piece + text[at:], text[:at] + text[at + rng.randint(1, 9):],
+                   f"Sure: {piece} {text} done {{}}", text + text]
+        with contextlib.suppress(ValueError):
+            changes += [json.dumps(change_value(rng, json.loads(text)))] * 2
+        text = rng.choice(changes)
     return text
 
 
