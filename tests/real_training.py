@@ -4,8 +4,8 @@
 
 The problem: which is the largest of five two-digit numbers? Two solved ones stand in the prompt. GRPO, SDPO
 and SRPO at the paper's ratio of learning rates, 1 : 10 : 5, and GRPO once more at SRPO's rate, 4 problems x 8
-rollouts a step. Prints the gates, a table, and the share solved as training goes on. Minutes a step on a laptop
-without a GPU; what is finished is taken from --out when the command is repeated.
+rollouts a step. Prints the gates, a table, and the share solved as training goes on. Minutes a step on
+a laptop without a GPU; what is finished is taken from --out when the command is repeated.
 """
 import argparse
 import json
