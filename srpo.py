@@ -380,8 +380,12 @@ def train(config: Config) -> dict:
 
 
 def trends(metrics) -> dict:
-    """For the summary: means over the first and the last ten steps that measured something."""
+    """For the summary: how fast it learnt, by the evaluations during training; then means over the first and
+    the last ten steps that measured something."""
     records, result = [json.loads(line) for line in metrics.read_text().splitlines()], {}
+    if curve := {r["step"]: r["accuracy"] for r in records if "eval" in r and "step" in r}:
+        result["mean accuracy"] = sum(curve.values()) / len(curve)
+        result["steps to .9"] = next((step for step, a in curve.items() if a >= 0.9), max(curve))
     for key in ("teacher H", "routed", "teacher_seconds"):
         values = [r[key] for r in records if key in r]
         for when, ten in (("first", values[:10]), ("last", values[-10:])):
@@ -391,15 +395,23 @@ def trends(metrics) -> dict:
 
 # ------------------------------------------------------------------------------------ compare, explain
 def compare(config) -> None:
-    """Every method from the same start on the same problems; mean and spread over --seeds seeds."""
-    variants = {m: {"method": m} for m in ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix")}
-    variants["grpo, srpo's rate"] = {"method": "grpo", "lr": dataclasses.replace(config, method="srpo").rate}
+    """Every method from the same start on the same problems; mean and spread over --seeds seeds. The paper's
+    three at other learning rates, too: at its ratio of rates the fastest need not be the best method."""
+    variants, slowest = {}, dataclasses.replace(config, method="grpo").rate
+    for method in ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix"):
+        own = dataclasses.replace(config, method=method).rate
+        variants[method] = {"method": method}
+        for rate in (slowest, 2.5 * slowest, 5 * slowest, 12.5 * slowest):
+            if method in LEARNING_RATES["tiny"] and rate != own:
+                variants[f"{method} --lr {rate:g}"] = {"method": method, "lr": rate}
     found = common.compared(train, dataclasses.replace(config, gate_tasks=0), variants, "srpo")
     start = found["grpo"][0]
     print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy, length "
-          f"{start['length_before']:.1f}; first, last: means of ten steps")
+          f"{start['length_before']:.1f}. No --lr: the method's own, in the paper's ratio.\nmean: of the "
+          "evaluations during training; .9 at: the step of the first that reaches .9, or else the last; "
+          "first, last: means of ten steps")
     print(common.seed_table(found, {
-        "accuracy_after": "T = 1", "accuracy_best": "best T = 1", "greedy_after": "greedy",
+        "accuracy_after": "T = 1", "accuracy_best": "best", "mean accuracy": "mean", "steps to .9": ".9 at",
         "length_after": "length", "teacher H, first": "teacher H, first", "teacher H, last": "last",
         "routed, first": "routed, first", "routed, last": "last",
         "teacher_seconds, first": "teacher s, first", "teacher_seconds, last": "last",
