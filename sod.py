@@ -42,7 +42,6 @@ import json
 import math
 import random
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -402,13 +401,14 @@ def step_records(config: Config, count: int) -> list[dict]:
 
 
 def cascade(config: Config, count: int = 500) -> None:
-    """The paper's Figure 1 in miniature: what a wrong call at step 2 does to divergence, weight, teacher."""
+    """The paper's Figure 1 in miniature: what a wrong call does to divergence, weight, teacher. A wrong first
+    call is a case of its own: it raises d_1, against which all later steps are measured."""
     if config.data != "chain":
         common.fail("--cascade needs to know the right call at every step, so it works on --data chain only")
     records = step_records(config, count)
     wrong = {r["i"]: r["k"] for r in reversed(records) if not r["right"]}  # trajectory -> first wrong step
     groups = {"clean": {r["i"] for r in records} - set(wrong),
-              "wrong call at step 2": {i for i, k in wrong.items() if k == 1}}
+              **{f"wrong call at step {n}": {i for i, k in wrong.items() if k == n - 1} for n in (1, 2)}}
 
     def mean(key, selected) -> str:
         return f"{np.mean([r[key] for r in selected]):.2f}" if selected else "-"
@@ -426,8 +426,6 @@ def cascade(config: Config, count: int = 500) -> None:
         rows.append([prefix, len(later), *(mean(key, later) for key in ("teacher", "right", "d", "H", "w"))])
     head = ["prefix", "steps", "teacher right", "student right", "d_k", "teacher entropy", "w_k"]
     print("\nby what stands before the step (steps 2, 3, ...)\n" + common.table(rows, head))
-    lengths = sorted(Counter(Counter(r["i"] for r in records).values()).items())
-    print("\nsteps per trajectory: " + ", ".join(f"{k}: {n}" for k, n in lengths))
 
 
 def explain(config: Config) -> None:
