@@ -319,8 +319,8 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     rng = random.Random(9)
     found = srpo.gates(*base, [srpo.small_chain(rng) for _ in range(10)], CONFIG)
     assert len(found) == 4 and all(0 <= v <= 1 for v in found.values())
-    small = ["--prompts_per_step", "8", "--group_size", "8", "--max_new_tokens", "24"]
-    srpo.main([*small, "--compare", "--steps", "1", "--eval_every", "1", "--eval_tasks", "10",
+    small = ["--group_size", "8", "--max_new_tokens", "24", "--eval_tasks", "10"]
+    srpo.main([*small, "--prompts_per_step", "2", "--compare", "--steps", "1", "--eval_every", "1",
                "--save_every", "0", "--out", str(tmp_path / "c")])
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     names = [row[1].strip() for row in rows[1:]]
