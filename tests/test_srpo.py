@@ -50,26 +50,22 @@ def test_distill_chooses_right_wrong_or_all():
 
 
 # ------------------------------------------------------------------------------- divergence, entropy, weights
-P, Q = torch.tensor([[0.5, 0.25, 0.25]], dtype=F64), torch.tensor([[0.8, 0.1, 0.1]], dtype=F64)
-
-
-def test_jsd_value_symmetry_and_bounds():
-    assert srpo.jsd(P.log(), Q.log()).item() == pytest.approx(0.050672, abs=1e-6)
-    assert torch.allclose(srpo.jsd(P.log(), Q.log()), srpo.jsd(Q.log(), P.log()))
-    assert srpo.jsd(P.log(), P.log()).item() == 0
+def test_jsd():
+    p, q = torch.tensor([[0.5, 0.25, 0.25]], dtype=F64), torch.tensor([[0.8, 0.1, 0.1]], dtype=F64)
+    assert srpo.jsd(p.log(), q.log()).item() == pytest.approx(0.050672, abs=1e-6)
+    assert torch.allclose(srpo.jsd(p.log(), q.log()), srpo.jsd(q.log(), p.log()))
+    assert srpo.jsd(p.log(), p.log()).item() == 0
     apart = torch.eye(2, dtype=F64).log().requires_grad_()  # ruled out: log 0 gives no NaN
     value = srpo.jsd(apart[:1], apart[1:])
     assert value.item() == pytest.approx(math.log(2))
     assert torch.autograd.grad(value.sum(), apart)[0].isfinite().all()
-
-
-def test_jsd_gradient_on_the_logits():
+    # the gradient on the logits, in numbers and in closed form
     logits = torch.zeros(1, 3, dtype=F64, requires_grad=True)
-    srpo.jsd(logits.log_softmax(-1), Q.log()).sum().backward()
+    srpo.jsd(logits.log_softmax(-1), q.log()).sum().backward()
     assert torch.allclose(logits.grad, torch.tensor([[-0.106823, 0.053412, 0.053412]], dtype=F64), atol=1e-6)
     p = torch.full((3,), 1 / 3, dtype=F64)
-    h = 0.5 * (p / ((p + Q[0]) / 2)).log()
-    assert torch.allclose(logits.grad[0], p * (h - (p * h).sum()))  # the closed form
+    h = 0.5 * (p / ((p + q[0]) / 2)).log()
+    assert torch.allclose(logits.grad[0], p * (h - (p * h).sum()))
 
 
 def test_entropy():
@@ -332,13 +328,10 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     assert "sibling" in out and "teacher would say" in out and "<|im_end|>" in out
 
 
-@pytest.mark.parametrize("flags", ["--method ppo", "--ema 1.5", "--minibatches 2", "--data none.json"])
-def test_bad_input_is_one_sentence(flags, refused, tmp_path):
-    message = refused(srpo.main, ["--out", str(tmp_path / "r"), *flags.split()])
-    assert any(word in message for word in flags.split())
-
-
-def test_as_a_command():
+def test_the_command_line(refused, tmp_path):
+    for flags, word in (("--method ppo", "ppo"), ("--ema 1.5", "--ema"), ("--minibatches 2", "--minibatches"),
+                        ("--data none.json", "none.json")):
+        assert word in refused(srpo.main, ["--out", str(tmp_path / "r"), *flags.split()])
     done = subprocess.run([sys.executable, srpo.__file__, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--distill" in done.stdout
     assert srpo.Config().max_new_tokens == 64 and srpo.Config(data="train.json").max_new_tokens == 1024
