@@ -31,7 +31,8 @@ Eq. 7 `step_weights`, Eq. 8-10 `sod_advantages`.
 Left out: distributed training, the sandbox service, overlong penalty, the gated OPD that the code never uses.
 
 Built into the toy, by hand, is the paper's premise: the student's demonstrations contain errors (`STUDENT`),
-more of them after a first one; the teacher's contain no time-out. --teacher_knows_timeouts takes it away.
+more of them after a first one; the teacher's contain no time-out. --teacher_knows_timeouts takes it away;
+--skill_gap adds a second premise, a skill that only the teacher has.
 """
 import dataclasses
 import functools
@@ -41,7 +42,6 @@ import json
 import math
 import random
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -65,6 +65,7 @@ class Config(common.Config):
     coefficient: float = option(1.0, "of the distillation advantage")
     timeout_rate: float | None = option(None, "share of calls that time out; not given = 0.1 on the chain")
     teacher_knows_timeouts: bool = option(False, "the tiny teacher has seen time-outs and repeats the call")
+    skill_gap: float = option(0.0, "share of the tiny student's * that it was taught to call as +")
     compare: bool = option(False, "run --methods on --seeds seeds and print one table")
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={
         "help": "for --compare; not given = all"})
@@ -172,8 +173,9 @@ def call_text(label: str, expression: str) -> str:
     return f"{label}{OPEN}{expression}{CLOSE}"
 
 
-def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8):
-    """A demonstration [(turn, tool's answer or None), ...], with errors and recoveries as in `habits`."""
+def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8, gap: float = 0.0):
+    """A demonstration [(turn, tool's answer or None), ...], with errors and recoveries as in `habits`; with
+    probability `gap` a * is called as +, and as nothing seems wrong, it is not called again."""
     (value, *_), modulus, steps = common.parse_chain(task.messages[-1]["content"])
     turns, k, worse = [], 0, 1.0
 
@@ -187,6 +189,8 @@ def demonstrate(rng, task: Task, habits: dict, tool: Tool, max_turns: int = 8):
             break
         at = k + 1 if slip("skip") and k + 1 < len(steps) else k
         label, operation, operand = steps[at]
+        if operation == "*" and gap and rng.random() < gap:
+            operation = "+"
         start = rng.randrange(modulus) if slip("start") else value
         other = rng.randrange(1, modulus) if slip("operand") else operand
         expression = f"{start}{operation}{'' if slip('malformed') else other}"
@@ -217,10 +221,10 @@ def conversation(tok, task: Task, turns, tool: Tool) -> tuple[list[int], list[in
 
 
 @functools.cache  # --compare asks for the same corpus again and again
-def demonstrations(tok, count: int, who: str, timeout_rate: float, seed: int):
+def demonstrations(tok, count: int, who: str, timeout_rate: float, seed: int, gap: float = 0.0):
     rng, habits = random.Random(seed), {"student": STUDENT, "teacher": TEACHER}[who]
     tool, tasks = flaky(CALCULATOR, timeout_rate, rng), [common.chain_task(rng) for _ in range(count)]
-    return [conversation(tok, task, demonstrate(rng, task, habits, tool), tool) for task in tasks]
+    return [conversation(tok, task, demonstrate(rng, task, habits, tool, gap=gap), tool) for task in tasks]
 
 
 def load_student(config, device):
@@ -228,7 +232,7 @@ def load_student(config, device):
     if config.model != "tiny":
         return common.load_model(config.model, device)
     tok = build_tokenizer()
-    docs = demonstrations(tok, 8000, "student", config.timeout_rate, seed=1)
+    docs = demonstrations(tok, 8000, "student", config.timeout_rate, seed=1, gap=config.skill_gap)
     model = common.tiny_model(tok, seed=1)
     return common.fit_tiny("the student", model, docs, steps=800, fresh=config.fresh).to(device), tok
 
@@ -397,13 +401,14 @@ def step_records(config: Config, count: int) -> list[dict]:
 
 
 def cascade(config: Config, count: int = 500) -> None:
-    """The paper's Figure 1 in miniature: what a wrong call at step 2 does to divergence, weight, teacher."""
+    """The paper's Figure 1 in miniature: what a wrong call does to divergence, weight, teacher. A wrong first
+    call is a case of its own: it raises d_1, against which all later steps are measured."""
     if config.data != "chain":
         common.fail("--cascade needs to know the right call at every step, so it works on --data chain only")
     records = step_records(config, count)
     wrong = {r["i"]: r["k"] for r in reversed(records) if not r["right"]}  # trajectory -> first wrong step
     groups = {"clean": {r["i"] for r in records} - set(wrong),
-              "wrong call at step 2": {i for i, k in wrong.items() if k == 1}}
+              **{f"wrong call at step {n}": {i for i, k in wrong.items() if k == n - 1} for n in (1, 2)}}
 
     def mean(key, selected) -> str:
         return f"{np.mean([r[key] for r in selected]):.2f}" if selected else "-"
@@ -421,8 +426,6 @@ def cascade(config: Config, count: int = 500) -> None:
         rows.append([prefix, len(later), *(mean(key, later) for key in ("teacher", "right", "d", "H", "w"))])
     head = ["prefix", "steps", "teacher right", "student right", "d_k", "teacher entropy", "w_k"]
     print("\nby what stands before the step (steps 2, 3, ...)\n" + common.table(rows, head))
-    lengths = sorted(Counter(Counter(r["i"] for r in records).values()).items())
-    print("\nsteps per trajectory: " + ", ".join(f"{k}: {n}" for k, n in lengths))
 
 
 def explain(config: Config) -> None:

@@ -36,6 +36,7 @@ the trust-region teacher, environment feedback, KL to a reference (coefficient 0
 """
 import copy
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -291,10 +292,9 @@ def context_document(rng, tok, task: Task):
     return ids, mask
 
 
-def load_student(config, device):
-    """The tiny base, fitted on the corpus above (cached), or a Hugging Face model -> (model, tokenizer)."""
-    if config.model != "tiny":
-        return common.load_model(config.model, device)
+@functools.cache  # --compare asks for them again and again
+def corpus():
+    """The tiny base's tokenizer and documents."""
     tok = common.build_tokenizer([*common.CHAIN_ATOMS, ". \\boxed{", HEADING, CLOSING])
     rng, docs = random.Random(1), []
     for _ in range(FIT["documents"]):
@@ -304,6 +304,14 @@ def load_student(config, device):
         else:
             solution = write_solution(rng, task, rng.random() < 0.5, WRONG)
             docs.append(common.demonstration(tok, task, solution))
+    return tok, docs
+
+
+def load_student(config, device):
+    """The tiny base, fitted on the corpus above (cached), or a Hugging Face model -> (model, tokenizer)."""
+    if config.model != "tiny":
+        return common.load_model(config.model, device)
+    tok, docs = corpus()
     model = common.tiny_model(tok, 1, FIT["hidden_size"], FIT["layers"])
     return common.fit_tiny("the base model", model, docs, FIT["steps"], fresh=config.fresh).to(device), tok
 
@@ -380,8 +388,11 @@ def train(config: Config) -> dict:
 
 
 def trends(metrics) -> dict:
-    """For the summary: means over the first and the last ten steps that measured something."""
+    """For the summary: speed of learning; means over the first and last ten steps that measured something."""
     records, result = [json.loads(line) for line in metrics.read_text().splitlines()], {}
+    if curve := {r["step"]: r["accuracy"] for r in records if "eval" in r and "step" in r}:
+        result["mean accuracy"] = sum(curve.values()) / len(curve)
+        result["steps to .9"] = next((step for step, a in curve.items() if a >= 0.9), max(curve))
     for key in ("teacher H", "routed", "teacher_seconds"):
         values = [r[key] for r in records if key in r]
         for when, ten in (("first", values[:10]), ("last", values[-10:])):
@@ -391,15 +402,22 @@ def trends(metrics) -> dict:
 
 # ------------------------------------------------------------------------------------ compare, explain
 def compare(config) -> None:
-    """Every method from the same start on the same problems; mean and spread over --seeds seeds."""
-    variants = {m: {"method": m} for m in ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix")}
-    variants["grpo, srpo's rate"] = {"method": "grpo", "lr": dataclasses.replace(config, method="srpo").rate}
+    """Every method from the same start on the same problems; mean and spread over --seeds seeds. The paper's
+    three at other learning rates, too: at its ratio of rates the fastest need not be the best method."""
+    variants, slowest = {}, dataclasses.replace(config, method="grpo").rate
+    for method in ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix"):
+        own = dataclasses.replace(config, method=method).rate
+        variants[method] = {"method": method}
+        for rate in (slowest, 2.5 * slowest, 5 * slowest, 12.5 * slowest):
+            if method in LEARNING_RATES["tiny"] and rate != own:
+                variants[f"{method} --lr {rate:g}"] = {"method": method, "lr": rate}
     found = common.compared(train, dataclasses.replace(config, gate_tasks=0), variants, "srpo")
     start = found["grpo"][0]
-    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy, length "
-          f"{start['length_before']:.1f}; first, last: means of ten steps")
+    print(f"\nstart: {start['accuracy_before']:.3f}, length {start['length_before']:.1f}. No --lr: its own, "
+          "in the paper's ratio. mean: of the evaluations during\ntraining; .9 at: the step of the first that "
+          "reaches .9, or else the last; first, last: means of ten steps")
     print(common.seed_table(found, {
-        "accuracy_after": "T = 1", "accuracy_best": "best T = 1", "greedy_after": "greedy",
+        "accuracy_after": "T = 1", "accuracy_best": "best", "mean accuracy": "mean", "steps to .9": ".9 at",
         "length_after": "length", "teacher H, first": "teacher H, first", "teacher H, last": "last",
         "routed, first": "routed, first", "routed, last": "last",
         "teacher_seconds, first": "teacher s, first", "teacher_seconds, last": "last",

@@ -25,10 +25,12 @@ F64 = torch.float64
     ([0, 0, 0, 0], [None] * 4, [0] * 4, [0] * 4),
     ([1, 1, 1, 1], [1, 0, 0, 0], [0] * 4, [1, 1, 1, 1]),
     ([0.5, 0.49, 0, 0], [None, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]),
-    ([0, 0, 1, 0, 0, 1, 0, 0], [2, 2, 5, 2, 2, 2, 2, 2], [1, 1, 0, 1, 1, 0, 1, 1], [1] * 8),
+    # two groups of four: the sibling is one's own, never a neighbour
+    ([0, 0, 1, 0] + [0, 1, 0, 1], [2, 2, None, 2, 5, 7, 5, 5], [1, 1, 0, 1] + [1, 0, 1, 0],
+     [1, 1, 0, 1] + [1, 1, 1, 1]),
 ])
 def test_routing(rewards, demos, z_srpo, z_sdpo):
-    assert srpo.pick_demonstration(rewards, len(rewards)) == demos
+    assert srpo.pick_demonstration(rewards, 4) == demos
     reward = torch.tensor(rewards, dtype=torch.float)
     z_grpo, routed, counted = srpo.route(reward, demos)
     assert routed.tolist() == z_srpo and (z_grpo + routed).tolist() == [1] * len(rewards) and counted.all()
@@ -36,16 +38,6 @@ def test_routing(rewards, demos, z_srpo, z_sdpo):
     assert routed.tolist() == z_sdpo == counted.tolist() and not z_grpo.any()
     z_grpo, routed, counted = srpo.route(reward, demos, "grpo")
     assert z_grpo.tolist() == [1] * len(rewards) and not routed.any() and counted.all()
-
-
-def test_demonstrations_are_correct_siblings_and_never_oneself():
-    rng = random.Random(0)
-    for _ in range(300):
-        size = rng.randint(1, 6)
-        rewards = [float(rng.random() < 0.4) for _ in range(size * rng.randint(1, 5))]
-        for i, demo in enumerate(srpo.pick_demonstration(rewards, size)):
-            others = [j for j, r in enumerate(rewards) if j // size == i // size and j != i and r >= 0.5]
-            assert demo == (others[0] if others else None)
 
 
 def test_distill_chooses_right_wrong_or_all():
@@ -58,39 +50,27 @@ def test_distill_chooses_right_wrong_or_all():
 
 
 # ------------------------------------------------------------------------------- divergence, entropy, weights
-P, Q = torch.tensor([[0.5, 0.25, 0.25]], dtype=F64), torch.tensor([[0.8, 0.1, 0.1]], dtype=F64)
-
-
-def test_jsd_value_symmetry_and_bounds():
-    assert srpo.jsd(P.log(), Q.log()).item() == pytest.approx(0.050672, abs=1e-6)
-    assert torch.allclose(srpo.jsd(P.log(), Q.log()), srpo.jsd(Q.log(), P.log()))
-    assert srpo.jsd(P.log(), P.log()).item() == 0
-    apart = torch.tensor([[0.0, -1e4], [-1e4, 0.0]], dtype=F64)
-    assert srpo.jsd(apart[:1], apart[1:]).item() == pytest.approx(math.log(2))
-
-
-def test_jsd_gradient_on_the_logits():
+def test_jsd():
+    p, q = torch.tensor([[0.5, 0.25, 0.25]], dtype=F64), torch.tensor([[0.8, 0.1, 0.1]], dtype=F64)
+    assert srpo.jsd(p.log(), q.log()).item() == pytest.approx(0.050672, abs=1e-6)
+    assert torch.allclose(srpo.jsd(p.log(), q.log()), srpo.jsd(q.log(), p.log()))
+    assert srpo.jsd(p.log(), p.log()).item() == 0
+    apart = torch.eye(2, dtype=F64).log().requires_grad_()  # ruled out: log 0 gives no NaN
+    value = srpo.jsd(apart[:1], apart[1:])
+    assert value.item() == pytest.approx(math.log(2))
+    assert torch.autograd.grad(value.sum(), apart)[0].isfinite().all()
+    # the gradient on the logits, in numbers and in closed form
     logits = torch.zeros(1, 3, dtype=F64, requires_grad=True)
-    srpo.jsd(logits.log_softmax(-1), Q.log()).sum().backward()
+    srpo.jsd(logits.log_softmax(-1), q.log()).sum().backward()
     assert torch.allclose(logits.grad, torch.tensor([[-0.106823, 0.053412, 0.053412]], dtype=F64), atol=1e-6)
     p = torch.full((3,), 1 / 3, dtype=F64)
-    h = 0.5 * (p / ((p + Q[0]) / 2)).log()
-    assert torch.allclose(logits.grad[0], p * (h - (p * h).sum()))  # the closed form
+    h = 0.5 * (p / ((p + q[0]) / 2)).log()
+    assert torch.allclose(logits.grad[0], p * (h - (p * h).sum()))
 
 
 def test_entropy():
     rows = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4], dtype=F64)
     assert common.entropy_of(rows.log()).tolist() == pytest.approx([0, .325083, .693147, 1.386294], abs=1e-6)
-
-
-def test_a_token_that_is_ruled_out_gives_no_nan():
-    logits = torch.tensor([[0.0, 0.0, -math.inf]], dtype=F64, requires_grad=True)
-    teacher = torch.tensor([[0.8, 0.0, 0.2]], dtype=F64).log()
-    value = srpo.jsd(logits.log_softmax(-1), teacher)
-    value.sum().backward()
-    p, q = torch.tensor([0.5, 0.5, 1e-12], dtype=F64), torch.tensor([0.8, 1e-12, 0.2], dtype=F64)
-    assert value.item() == pytest.approx(srpo.jsd(p[None].log(), q[None].log()).item(), abs=1e-9)
-    assert logits.grad.isfinite().all() and logits.grad[0, 0] < 0 < logits.grad[0, 1]
 
 
 @pytest.mark.parametrize("entropies, beta, weights", [
@@ -120,40 +100,31 @@ def test_ema_rate_is_the_new_share():
 
 
 # ----------------------------------------------------------------------- one small model for all that follows
-@pytest.fixture(scope="module", autouse=True)
-def small_fit():
-    """The real corpus and the real code, only shrunk."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(srpo, "OPERATIONS", (2, 2))
-    patch.setattr(srpo, "FIT", {"documents": 8000, "steps": 500, "hidden_size": 64, "layers": 2})
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def base(small_fit):
-    return srpo.load_student(srpo.Config(), torch.device("cpu"))
-
-
 CONFIG = srpo.Config(group_size=4, max_new_tokens=24, gate_tasks=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base():
+    """The real corpus and the real code, only shrunk: (model, tokenizer)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(srpo, "OPERATIONS", (2, 2))
+        patch.setattr(srpo, "FIT", {"documents": 8000, "steps": 500, "hidden_size": 64, "layers": 2})
+        yield srpo.load_student(CONFIG, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def batch(base):
     """Eight problems, four rollouts each, of which at least one group is mixed; rewards 0 or 1."""
-    model, tok = base
     rng = random.Random(5)
     tasks = [srpo.small_chain(rng) for _ in range(8)]
-    rollouts = common.rollout(model, tok, tasks, 4, max_new_tokens=24,
-                              generator=torch.Generator().manual_seed(3))
+    rollouts = common.rollout(*base, tasks, 4, max_new_tokens=24, generator=torch.Generator().manual_seed(3))
     return tasks, rollouts, common.rewards(rollouts, tasks)
 
 
 def gradients(base, batch, **flags):
     model, tok = base
-    tasks, rollouts, reward = batch
     student, teacher = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
-    log = srpo.backward(student, teacher, tok, tasks, rollouts, reward, dataclasses.replace(CONFIG, **flags))
+    log = srpo.backward(student, teacher, tok, *batch, dataclasses.replace(CONFIG, **flags))
     assert all(p.grad is None for p in teacher.parameters())
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in student.parameters()]
     return torch.cat([g.flatten() for g in grads]), log
@@ -162,8 +133,7 @@ def gradients(base, batch, **flags):
 # ------------------------------------------------------------------------------------------------ alignment
 def test_teacher_equals_student_on_the_same_prompt(base, batch):
     """JSD 0 at every token; with a longer padded prompt beside it, below 1e-6. Finds off-by-ones, padding."""
-    model, tok = base
-    tasks, rollouts, _ = batch
+    (model, tok), (tasks, rollouts, _) = base, batch
     rows, same = list(range(6)), [tasks[i // 4].messages for i in range(6)]
     longer = [*same[:5], srpo.reprompt(same[5], "A1, B2. " * 3)]  # the last row pads the other five
 
@@ -184,21 +154,8 @@ def test_teacher_equals_student_on_the_same_prompt(base, batch):
         assert (p.gather(1, ids[:, None])[:, 0] - sampled).abs().max() < 1e-4
 
 
-def test_the_last_token_changes_no_logit_in_use(base, batch):
-    model, tok = base
-    tasks, rollouts, _ = batch
-    changed = copy.deepcopy(rollouts)
-    last = int(rollouts.mask[0].nonzero()[-1])
-    changed.ids[0, last] = (changed.ids[0, last] + 1) % len(tok)
-    with torch.no_grad():
-        a, b = (common.hidden_at(model, *srpo.response_batch(tok, [tasks[0].messages], r, [0]))
-                for r in (rollouts, changed))
-    assert torch.equal(a, b)
-
-
 def test_teacher_prompt(base, batch):
-    model, tok = base
-    tasks, rollouts, reward = batch
+    tok, (tasks, rollouts, reward) = base[1], batch
     demos = srpo.pick_demonstration(reward.tolist(), 4)
     messages = srpo.teacher_messages(tok, tasks, rollouts, demos, CONFIG)
     assert messages and set(messages) == {i for i, d in enumerate(demos) if d is not None}
@@ -207,14 +164,17 @@ def test_teacher_prompt(base, batch):
         solution = text.split(srpo.HEADING)[1].split(srpo.CLOSING)[0]
         assert text.startswith(tasks[i // 4].messages[-1]["content"]) and text.endswith(srpo.CLOSING)
         assert common.is_correct(solution, tasks[i // 4].answer) and "<|" not in solution
-    with_system = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-    assert srpo.reprompt(with_system, "d")[0] is with_system[0] and with_system[1]["content"] == "q"
+    # no thinking, and no text that spells out a special token
+    for said, shown in (("long thoughts 9</think>It is 5.", "It is 5."), ("5<|im_end|>", "5< |im_end|>")):
+        ids = torch.tensor([[i for character in said for i in common.encode(tok, character)]])
+        rollouts = type("Rows", (), {"ids": ids, "mask": torch.ones_like(ids)})
+        assert srpo.solution_text(tok, rollouts, 0) == shown
 
 
 def test_over_long_teacher_prompts_are_counted_and_go_to_grpo(base, batch):
     grad, log = gradients(base, batch, max_prompt_tokens=5)
     assert log["too_long"] > 0 == log["routed"]
-    assert torch.equal(grad, gradients(base, batch, method="grpo")[0])
+    assert grad.any() and torch.equal(grad, gradients(base, batch, method="grpo")[0])
     assert gradients(base, batch)[1]["too_long"] == 0
 
 
@@ -232,11 +192,9 @@ def test_the_combined_loss_on_worked_numbers(base, monkeypatch):
     total = []
 
     def teacher_pass(teacher, tok, messages, rollouts, config):
-        hidden = {i: torch.tensor(divergences[i])[:, None].expand(-1, model.config.hidden_size)
-                  for i in messages}
-        return hidden, {i: spread[i] for i in messages}
+        wide = {i: torch.tensor(divergences[i])[:, None].expand(-1, 64) for i in messages}
+        return wide, {i: spread[i] for i in messages}
 
-    # a graph to call backward on
     monkeypatch.setattr(srpo, "teacher_pass", teacher_pass)
     monkeypatch.setattr(srpo, "sampled_logps", lambda student, hidden, ids, T: 0 * hidden.sum(1))
     monkeypatch.setattr(srpo, "divergences", lambda student, teacher, hidden, theirs, T: theirs[:, 0])
@@ -253,50 +211,43 @@ def test_micro_batches_and_row_order_change_nothing(base, batch):
     whole, log = gradients(base, batch)
     assert log["signal"] and 0 < log["routed"] < 1 and whole.abs().max() > 0
     for size in (1, 3):
-        part, _ = gradients(base, batch, micro_batch=size)
-        assert torch.allclose(whole, part, atol=1e-6)
+        assert torch.allclose(whole, gradients(base, batch, micro_batch=size)[0], atol=1e-6)
     tasks, rollouts, reward = batch
     turn = [i for g in range(7, -1, -1) for i in range(4 * g, 4 * g + 4)]  # groups in reverse
     turned = dataclasses.replace(rollouts, **{name: getattr(rollouts, name)[turn] for name in (
-        "ids", "attention_mask", "mask", "logps", "entropy")})
+        "ids", "attention_mask", "mask")})
     other, _ = gradients(base, (tasks[::-1], turned, reward[turn]))
     assert torch.allclose(whole, other, atol=1e-6)
 
 
 def test_without_routed_rollouts_srpo_is_grpo(base, batch):
-    tasks, rollouts, _ = batch
-    alone = torch.zeros(32)  # all wrong: nothing to route; then all right
-    for reward in (alone, alone + 1):
+    for reward in (torch.zeros(32), torch.ones(32)):  # all wrong: nothing to route; all right
         for method in ("srpo", "grpo", "mix", "srpo_no_weight"):
-            grad, log = gradients(base, (tasks, rollouts, reward), method=method, distill="wrong")
+            grad, log = gradients(base, (*batch[:2], reward), method=method, distill="wrong")
             assert not grad.any() and not log["signal"] and log["routed"] == 0
-    mixed, grpo = (gradients(base, batch, method=m, max_prompt_tokens=1)[0] for m in ("srpo", "grpo"))
-    assert torch.equal(mixed, grpo) and mixed.any()
 
 
 def test_each_loss_moves_its_own_quantity(base, batch):
     """A small step: SDPO lowers the divergence on this batch, GRPO raises log p of successes, SRPO both."""
-    model, tok = base
-    tasks, rollouts, reward = batch
+    (model, tok), (tasks, rollouts, reward) = base, batch
     mixed = [i for i in range(32) if reward[i] and not reward.view(8, 4)[i // 4].all()]
 
-    def quantities(student):
-        log = srpo.backward(copy.deepcopy(student), copy.deepcopy(model), tok, tasks, rollouts, reward,
-                            dataclasses.replace(CONFIG, method="srpo_no_weight"))
-        logps, _ = common.score(student, rollouts)
-        return log["jsd"], float(logps[mixed].sum())
-
-    for method in ("sdpo", "grpo", "srpo"):
-        student, teacher = copy.deepcopy(model), copy.deepcopy(model)
-        before = quantities(student)
+    def step(student, method):  # -> divergence of the routed rollouts, before the step
         config = dataclasses.replace(CONFIG, method=method, distill="wrong")
-        srpo.backward(student, teacher, tok, tasks, rollouts, reward, config)
+        log = srpo.backward(student, copy.deepcopy(model), tok, tasks, rollouts, reward, config)
         with torch.no_grad():
             for p in student.parameters():
                 p -= 0.05 * p.grad if p.grad is not None else 0
-        after = quantities(student)
-        assert method == "grpo" or after[0] < before[0]
-        assert method == "sdpo" or after[1] > before[1]
+        return log.get("jsd")
+
+    def successes(student):
+        return float(common.score(student, rollouts)[0][mixed].sum())
+
+    for method in ("sdpo", "grpo", "srpo"):
+        student = copy.deepcopy(model)
+        step(student, method)
+        assert method == "sdpo" or successes(student) > successes(model)
+        assert method == "grpo" or step(student, "sdpo") < step(copy.deepcopy(model), "sdpo")
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -309,20 +260,17 @@ def run(folder, *flags):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--method", "sdpo", "--distill", "right", "--ema", "0"],
-    ["--method", "sdpo", "--distill", "all", "--ema", "1"],
-    ["--method", "grpo"], ["--method", "mix"], ["--method", "srpo_no_weight", "--micro_batch", "5"],
-    ["--beta", "2", "--distill", "all"]],
-    ids=" ".join)
+    "--method sdpo --distill right --ema 0", "--method sdpo --distill all --ema 1", "--method grpo",
+    "--method mix", "--method srpo_no_weight --micro_batch 5", "--beta 2 --distill all"])
 def test_every_method_runs(tmp_path, flags):
-    summary, steps = run(tmp_path / "r", "--steps", "2", *flags)
+    summary, steps = run(tmp_path / "r", "--steps", "2", *flags.split())
     assert len(steps) == 2 and 0 <= summary["accuracy_after"] <= 1 and summary["skipped_steps"] == 0
     for r in steps:
         assert {"solved", "cut", "length", "routed", "all wrong", "all right", "teacher_seconds"} <= r.keys()
         assert ("jsd" in r) == (r["routed"] > 0) == ("teacher H" in r) and 0 <= r.get("jsd", 0) <= math.log(2)
         assert "grpo" not in flags or r["routed"] == 0
     modules = torch.load(tmp_path / "r" / "state.pt", weights_only=True)["modules"]
-    assert len(modules) == (2 if "grpo" in flags else 3)  # GRPO has no teacher to keep
+    assert len(modules) == 3 - ("grpo" in flags)  # GRPO has no teacher to keep
 
 
 def test_resume_gives_the_run_that_was_never_stopped(tmp_path):
@@ -364,39 +312,26 @@ def test_training_solves_the_problems_it_sees_again_and_again(tmp_path):
 
 
 def test_gates_compare_and_explain(tmp_path, capsys, base):
-    model, tok = base
     rng = random.Random(9)
-    found = srpo.gates(model, tok, [srpo.small_chain(rng) for _ in range(10)], CONFIG)
+    found = srpo.gates(*base, [srpo.small_chain(rng) for _ in range(10)], CONFIG)
     assert len(found) == 4 and all(0 <= v <= 1 for v in found.values())
-    small = ["--prompts_per_step", "8", "--group_size", "8", "--max_new_tokens", "24"]
-    srpo.main([*small, "--compare", "--steps", "1", "--eval_tasks", "10", "--gate_tasks", "0",
+    small = ["--group_size", "8", "--max_new_tokens", "24", "--eval_tasks", "10"]
+    srpo.main([*small, "--prompts_per_step", "2", "--compare", "--steps", "1", "--eval_every", "1",
                "--save_every", "0", "--out", str(tmp_path / "c")])
-    out = capsys.readouterr().out
-    names = ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix", "grpo, srpo's rate")
-    assert all(out.count(f"\n| {name} ") == 1 for name in names)
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    names = [row[1].strip() for row in rows[1:]]
+    assert len(names) == len(set(names)) == 15 and {"sdpo", "srpo_no_weight", "mix"} < set(names)
+    assert {f"grpo --lr {rate}" for rate in ("0.0001", "0.0002", "0.0005")} < set(names)  # 4e-5: its own
+    assert all(row[2] == row[4] and float(row[5]) == 1 for row in rows[1:])  # one evaluation: the mean
     srpo.main([*small, "--explain"])
     out = capsys.readouterr().out
     assert "sibling" in out and "teacher would say" in out and "<|im_end|>" in out
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--method", "ppo"], "--method"), (["--ema", "1.5"], "--ema"), (["--ema", "-1"], "--ema"),
-    (["--minibatches", "2"], "--minibatches"),
-    (["--data", "none.json"], "none.json"), (["--distil", "all"], "--distil"), (["--beta", "nan"], "--beta")])
-def test_bad_input_is_one_sentence(flags, words, refused, tmp_path):
-    assert words in refused(srpo.main, ["--out", str(tmp_path / "r"), *flags])
-
-
-def test_as_a_command():
+def test_the_command_line(refused, tmp_path):
+    for flags, word in (("--method ppo", "ppo"), ("--ema 1.5", "--ema"), ("--minibatches 2", "--minibatches"),
+                        ("--data none.json", "none.json")):
+        assert word in refused(srpo.main, ["--out", str(tmp_path / "r"), *flags.split()])
     done = subprocess.run([sys.executable, srpo.__file__, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--distill" in done.stdout
     assert srpo.Config().max_new_tokens == 64 and srpo.Config(data="train.json").max_new_tokens == 1024
-
-
-def test_a_demonstration_holds_neither_thinking_nor_special_tokens(base):
-    tok = base[1]  # its byte tokens can spell out what a special token says
-    for said, shown in (("long thoughts 9</think>It is 5.", "It is 5."), ("<think>x</think> 5", "5"),
-                        ("5<|im_end|>", "5< |im_end|>")):
-        ids = torch.tensor([[i for character in said for i in common.encode(tok, character)]])
-        rollouts = type("Rows", (), {"ids": ids, "mask": torch.ones_like(ids)})
-        assert srpo.solution_text(tok, rollouts, 0) == shown
