@@ -414,7 +414,7 @@ def compare(config) -> None:
     found = common.compared(train, dataclasses.replace(config, gate_tasks=0), variants, "srpo")
     start = found["grpo"][0]
     print(f"\nstart: {start['accuracy_before']:.3f}, length {start['length_before']:.1f}. No --lr: its own, "
-          "in the paper's ratio. mean: of the evaluations during\ntraining; .9 at: the step of the first that "
+          "in the paper's ratio. mean: of all evaluations in\ntraining; .9 at: the step of the first that "
           "reaches .9, or else the last; first, last: means of ten steps")
     print(common.seed_table(found, {
         "accuracy_after": "T = 1", "accuracy_best": "best", "mean accuracy": "mean", "steps to .9": ".9 at",
