@@ -245,7 +245,7 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision(model.device))
 
 
-def load_pretrained(name: str, kind, dtype="auto"):
+def load_pretrained(name: str, kind, dtype):
     """Hugging Face id or folder -> (model of the class `kind`, tokenizer); one sentence if there is none."""
     offline = Path(name).exists() or not hub_reachable()
     try:

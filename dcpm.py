@@ -3,8 +3,8 @@
     python dcpm.py                                                  the story of one user, no download
     python dcpm.py --backend llm --model DIR_OR_URL --encoder DIR   the same, read by a chat model
 
-1. Memory is ordered by what it can do: raw turns -> facts and identity -> belief trajectories -> domain
-   schemas and intentions -> core schemas.
+1. Memory is ordered by what it can do: raw turns -> facts -> belief trajectories -> domain schemas and
+   intentions -> core schemas.
 2. By day, System1 runs inside every write: keep the turn verbatim, extract claims, reconcile each with the
    chain of its slot. A revision never overwrites: it becomes the new head of a doubly linked chain.
 3. By night, System2 clusters the facts by their vectors and induces schemas: one habit in one domain.
@@ -25,8 +25,9 @@ In the paper: 2.1 `Turn` to `Store`; 2.2 `decide`, `write_claims`; 2.3 `two_stag
 | list-valued links; schemas never revisited | single links that cannot fork; support recounted every night |
 | a claim told late becomes the head | spliced in by event time; the head stays |
 
-Left out: session summaries, cores above cores, merging near-twin schemas, vector stores and servers,
-intentions marked fulfilled, erasure ("forget" suppresses). The memory is saved as its audit log.
+Left out: identity as a layer of its own (a taste is a fact like others), session summaries, cores above
+cores, merging near-twin schemas, vector stores, intentions marked fulfilled, erasure ("forget" suppresses).
+The memory is saved as its audit log.
 """
 import argparse
 import copy
@@ -74,7 +75,6 @@ class Claim:
 class Belief:
     """A claim that entered the store. `prev` and `next` make the chain of its slot."""
     id: str
-    layer: str  # "fact", or "identity": preferences, attitudes, values
     slot: tuple  # (subject, attribute, member): the dimension on which two claims exclude each other
     value: str
     polarity: int
@@ -296,7 +296,6 @@ Leave out all others: two likes can coexist, and two events are two events.
 Sample reply: {{"operations": [{{"item": 0, "op": "SUPERSEDE", "id": "b4"}}]}}"""
 SINGLE = ("residence", "employer", "occupation", "name", "partner", "diet")  # one value at a time
 ATTRIBUTES = (*SINGLE, "likes", "hobby", "possession", "condition", "plan", "event")
-IDENTITY = ("likes", "diet")  # the layer of preferences and values; all else is a fact
 
 
 def slot_of(store, claim):
@@ -369,8 +368,7 @@ def write_claims(store, turn, claims):
             store.commit(op, [old.id], turn.id, source=source, **moved)
         else:  # only a refinement takes over the sources of its predecessor
             sources = [*old.sources, source] if op == "REFINE" else [source]
-            layer = "identity" if slot[1] in IDENTITY else "fact"
-            node = Belief(f"b{len(store.beliefs) + 1}", layer, slot, claim.value, claim.polarity, claim.text,
+            node = Belief(f"b{len(store.beliefs) + 1}", slot, claim.value, claim.polarity, claim.text,
                           claim.t_event, turn.t, sources, claim.until, old and old.id, after and after.id,
                           old and ("refine" if op == "REFINE" else "supersede"))
             store.commit(op, [node.id], turn.id, belief=asdict(node))
@@ -933,7 +931,7 @@ def sentence_encoder(name):
     import common
     import torch
     from transformers import AutoModel
-    model, tok = common.load_pretrained(name, AutoModel)
+    model, tok = common.load_pretrained(name, AutoModel, torch.float32)
 
     @torch.no_grad()
     def embed(texts):

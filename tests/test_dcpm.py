@@ -396,6 +396,43 @@ def test_two_people_are_generalised_apart():
         assert {memory.beliefs[i].slot[0] for i in core.evidence} == {core.subject}
 
 
+# ---------------------------------------------------------------- what ranks in reading
+def said(*turns):
+    """A memory of turns of one session: "Speaker: text"."""
+    memory = Memory()
+    for turn in turns:
+        speaker, text = turn.split(": ")
+        memory.observe(text, "2024-05-01", speaker=speaker)
+    return memory
+
+
+def test_the_turn_before_counts_half_and_names_are_no_search_words():
+    found = dict((id_, score) for score, id_ in dcpm.search(
+        said("Bo: Did you see the volcano?", "Ann: Twice!", "Bo: Hello Ann."), "When did Ann see a volcano?"))
+    assert found["t2"] == pytest.approx(found["t1"] / 2) and "t3" not in found
+
+
+def test_a_rare_word_counts_more_and_a_concept_as_one_word():
+    memory = said(*(f"Bo: a bridge, number {n}" for n in range(3)), "Bo: a violin, number 7")
+    assert dcpm.search(memory, "bridge or violin")[0][1] == "t4"
+    memory = said("Bo: a checklist, a crown", "Bo: the harbour, a crown")
+    assert dcpm.search(memory, "an agenda for the harbour")[0][1] == "t2"
+
+
+def test_schemas_of_the_domain_come_first_then_cores_then_what_was_shown_last():
+    def shown(question):
+        return {memory.schemas[i].domain for i in recall(memory, question).ids if i in memory.schemas}
+    memory = planner("I live in Paris.")
+    assert shown("aquarium?") == {"work", "sport", "music"}  # and the core: four lines
+    assert "cooking" in shown("What shall I cook?")
+    assert "I live in Paris" in recall(memory, "aquarium?").text  # the profile has a share of its own
+
+
+def test_told_again_with_an_earlier_date_it_was_true_since_then():
+    memory = tell("I live in Paris.", "Since 2022 I live in Paris.")
+    assert ops(memory) == ["ADD", "CONFIRM"] and memory.as_of(HOME, "2023-01-01").value == "Paris"
+
+
 # ---------------------------------------------------------------- the controlled language
 @pytest.mark.parametrize("text, attribute, value, polarity", [
     ("I live in Paris", "residence", "Paris", 1), ("I don't live in Paris anymore", "residence", "Paris", -1),
