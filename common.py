@@ -485,6 +485,7 @@ def run_tools(tool: Tool, calls: list[dict]) -> list[tuple[str, str]]:
 
 
 # ------------------------------------------------------------------------------------------ prompts
+@functools.lru_cache(maxsize=64)  # for a demonstration it costs as much as the rest
 def end_of_turn(tok) -> int:
     """Id that ends an assistant's turn. Qwen3-Base ends texts with another token, but turns with this one."""
     return tok.get_vocab().get("<|im_end|>", tok.eos_token_id)

@@ -265,16 +265,10 @@ class Vectors:
 
 # ------------------------------------------------------------------ 2.2 System1: inside every write
 STRICT = "You maintain the memory of an assistant. Reply with one JSON object and nothing else."
-# One sample reply, on one line: without it a small model leaves out the quote and indents the JSON.
-EXTRACT = """Date: {t}. Earlier messages, only to understand the new one:
-{before}
-
-New message by {speaker}:
-<message>
-{text}
-</message>
-
-List each claim of the new message about {speaker} or people around them, one per event, no hypotheses.
+# One sample reply, on one line: without it a small model leaves out the quote and indents the JSON. What was
+# said before comes after the task: in front of it, a small model makes claims of that.
+EXTRACT = """List each claim of the new message about {speaker} or people around them, one per event, no
+hypotheses.
 "attribute" is one of {attributes}. "polarity" is 1 if it holds, -1 if no longer or disliked.
 "quote" is copied word for word from the new message. "forget" lists what it asks to forget.
 Sample reply to "I moved to Rome because Fiat hired me. My sister Eva sold her car. I quit tea.":
@@ -283,7 +277,15 @@ Sample reply to "I moved to Rome because Fiat hired me. My sister Eva sold her c
 {{"subject": "sister Eva", "attribute": "possession", "value": "car", "polarity": -1, \
 "text": "Sister Eva sold her car.", "quote": "My sister Eva sold her car"}}, \
 {{"subject": "user", "attribute": "likes", "value": "tea", "polarity": -1, "text": "The user quit tea.", \
-"quote": "I quit tea"}}], "forget": []}}"""
+"quote": "I quit tea"}}], "forget": []}}
+
+Earlier messages, done already, only to understand the new one:
+{before}
+
+New message by {speaker} on {t}:
+<message>
+{text}
+</message>"""
 RECONCILE = """Known chains, newest version last:
 {chains}
 
@@ -812,13 +814,13 @@ class LLM:
 
     def extract(self, memory, turns):
         """-> [(claims or None, what to forget)], one a turn."""
-        earlier = [t for t in list(memory.turns.values())[-len(turns) - 6:] if t.id not in memory.hidden]
         prompts = {}  # turn id -> prompt
         for turn in turns:
             text = re.sub(r"[^.!?\n]*\?+", "", turn.text).strip()  # a model makes claims of questions
             if turn.speaker != "assistant" and words(text):
-                at = earlier.index(turn)
-                before = "\n".join(f"{t.speaker}: {t.text[:300]}" for t in earlier[max(0, at - 6):at])
+                sitting = [t for t in memory.turns.values() if t.session == turn.session]
+                before = "\n".join(f"{t.speaker}: {t.text[:300]}" for t in sitting[:sitting.index(turn)][-2:]
+                                   if t.id not in memory.hidden)
                 prompts[turn.id] = EXTRACT.format(t=turn.t, before=before or "(none)", speaker=turn.speaker,
                                                   text=text, attributes=", ".join(ATTRIBUTES))
         checks = [functools.partial(self.read_claims, memory.turns[id_]) for id_ in prompts]

@@ -462,6 +462,18 @@ def test_a_tiny_model_is_an_ordinary_hugging_face_folder(tok, model, tmp_path):
 SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "20", "--show_every", "0"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fitted(session_cache):
+    """The baseline's student, fitted half as long, and once for all runs."""
+    fit = common.fit_tiny
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "fit_tiny", lambda *args, steps, **rest: fit(*args, steps=steps // 2, **rest))
+        found = common.load_student(common.Config(), "cpu")
+        patch.undo()
+        patch.setattr(common, "load_student", lambda config, device: copy.deepcopy(found))
+        yield
+
+
 def test_resume_equals_never_stopped_and_nothing_is_lost(tmp_path, refused):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     often = ["--save_every", "2", "--eval_every", "2", *SMALL]

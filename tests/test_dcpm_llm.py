@@ -90,7 +90,9 @@ def test_all_turns_of_a_call_are_read_in_one_batch_with_what_was_said_before():
     ops = memory.ingest([(f"This is message {i}.", "2024-05-01", "s", "user") for i in range(5)])
     assert chat.batches[0] == 5 and [len(o) for o in ops] == [1] * 5 and memory.check() == []
     assert "message 2" in chat.prompts("extract")[3].split("New message")[0]
-    assert "message 4" not in chat.prompts("extract")[3]
+    assert all(f"message {i}" not in chat.prompts("extract")[3] for i in (0, 4))  # the last two, no more
+    memory.observe("A new day.", "2024-05-02", "another session")
+    assert "message 4" not in chat.prompts("extract")[-1]
 
 
 CUT = json.dumps(claims(("residence", "Paris", "I live in Paris")))[:-20]

@@ -273,13 +273,15 @@ def test_the_premise_of_the_tiny_world():
 # ------------------------------------------------------------------------------------------- training
 @pytest.fixture(scope="module")
 def tiny(session_cache):
-    """The same experiment, smaller: two operations modulo 5, and a fit of seconds that the session's
-    cache keeps. -> student, tokenizer"""
+    """The same experiment, smaller: two operations modulo 5, and one fit of seconds for all runs.
+    -> student, tokenizer"""
     patch, fit = pytest.MonkeyPatch(), common.fit_tiny
     patch.setattr(ropd, "small_chain", lambda rng: common.chain_task(rng, operations=(2, 2), modulus=5))
     patch.setattr(common, "fit_tiny",
                   lambda name, model, docs, steps, **how: fit(name, model, docs[:4000], 400, **how))
-    yield ropd.load_student(ropd.Config(), "cpu")
+    found = ropd.load_student(ropd.Config(), "cpu")
+    patch.setattr(ropd, "load_student", lambda config, device: copy.deepcopy(found))
+    yield found
     patch.undo()
 
 

@@ -165,9 +165,10 @@ def test_oracle_follows_errors_and_recoveries():
 # -------------------------------------------------------------------------------------- the scripts
 @pytest.fixture(scope="module", autouse=True)
 def smaller_fits():
-    """Half the fits and half of the teacher's GRPO: same shapes and same code, in half the time."""
+    """Shorter chains, half the fits and half of the teacher's GRPO, once for all runs: the same code."""
     fit, demonstrations, config = common.fit_tiny, sod.demonstrations, sod.Config()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.chain_task, "__defaults__", ((2, 3), 10))
         patch.setattr(common, "fit_tiny", lambda *args, steps, **rest: fit(*args, steps=steps // 2, **rest))
         patch.setattr(sod, "demonstrations",
                       lambda tok, n, *args, **rest: demonstrations(tok, n // 2, *args, **rest))
