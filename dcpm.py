@@ -379,18 +379,23 @@ def write_claims(store, turn, claims):
 
 
 # ------------------------------------------------------------------ 2.3 System2: while nobody is waiting
-INDUCE = """Facts about {person}, each with its id:
-{facts}
+# "evidence" before "text": a small model that begins with the sentence copies one fact.
+INDUCE = """Most of the facts below may show one habit, in one area of life. "evidence" lists the ids of all
+facts that show it, at least three, of different days; "against" those that show its opposite, mostly none.
+"domain" is the area of life. "text" says in twenty words when, what {person} always does, and why. No habit
+is a good answer, too.
+Sample reply to "[b3] The user asked three friends which vet is best. [b4] The user rang two breeders about
+dog food. [b7] The user asked a trainer and a neighbour before puppy school. [b9] The user cut the lawn.":
+{{"schemas": [{{"evidence": ["b3", "b4", "b7"], "against": [], "domain": "pets", \
+"text": "When the dog needs something, the user asks several people first, to be sure."}}]}}
 
-Regularities known already:
+Facts about {person}:
+{facts}"""
+KNOWN = """
+
+Habits known already:
 {known}
-
-Which behaviour does {person} show again and again in one area of life? Name it only if at least three facts
-from different days show it; none is a good answer. "text" is one sentence: when, what they do, and why.
-"evidence" lists the ids that show it, "against" those that show the opposite. "known" is the id of the known
-regularity that it is, "replaces" the id of one whose opposite the facts show now.
-Sample reply: {{"schemas": [{{"domain": "pets", "text": "When the dog needs something, the user asks three \
-people first, to be sure.", "evidence": ["b3", "b7"], "against": [], "known": null, "replaces": null}}]}}"""
+Where the facts show one of them again, add "known": its id; where now the opposite, "replaces": its id."""
 STRIP = """A habit in one area of life:
 {text}
 
@@ -899,9 +904,10 @@ class LLM:
                 drafts.append(Draft(str(s["domain"]).lower(), str(s["text"])[:300], evidence, against,
                                     s.get("known"), s.get("replaces")))
             return drafts
-        lines = "\n".join(f"[{s.id}] {s.domain}: {s.text}" for s in known) or "(none)"
-        prompts = [INDUCE.format(person=g[0].slot[0], known=lines, facts="\n".join(
-            f"[{b.id}] {b.t_event[:10]} {b.text}" for b in g)) for g in groups]
+        lines = "\n".join(f"[{s.id}] {s.domain}: {s.text}" for s in known)
+        prompts = [INDUCE.format(person=g[0].slot[0], facts="\n".join(
+            f"[{b.id}] {b.t_event[:10]} {b.text}" for b in g)) + (KNOWN.format(known=lines) if known else "")
+            for g in groups]
         checks = [functools.partial(check, {b.id for b in g}) for g in groups]
         return [draft for found in self.ask("induce", prompts, checks) for draft in found or []]
 

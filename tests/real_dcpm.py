@@ -131,18 +131,20 @@ def count(nodes):
 
 
 def answers(model, memory, questions, conditions):
-    """{condition: {kind: [1 or 0]}}; all questions of a condition in one batch. Kept apart: what was said."""
-    out = {}
+    """{condition: {kind: [1 or 0]}}. What was said is asked for in full memory only: schemas say nothing of it."""
+    out, replies = {}, {}
     for name, switches in conditions.items():
-        asked = []
-        for _, question, _ in questions:
+        asked, chosen = [], [q for q in questions if not switches or q[0].startswith("implicit")]
+        for _, question, _ in chosen:
             context = memory.recall(question, NOW, 400, **switches).text or "(nothing)"
             letter = " Reply with the letter of one option." if "(a)" in question else ""
             prompt = dcpm.ANSWER.format(context=context, question=question + letter)
             asked.append([{"role": "user", "content": prompt}])
+        new = [talk for talk in asked if str(talk) not in replies]  # a context without schemas stays the same
+        replies |= {str(talk): reply for talk, reply in zip(new, model.chat(new) if new else [])}
         out[name] = defaultdict(list)
-        for (kind, question, gold), reply in zip(questions, model.chat(asked)):
-            reply = (reply or "").lower()
+        for (kind, question, gold), talk in zip(chosen, asked):
+            reply = (replies[str(talk)] or "").lower()
             if "(a)" in question:
                 found = re.findall(r"\(([a-d])\)", reply) or re.findall(r"\b([a-d])\b", reply)
                 right = set(found) == {gold}
@@ -163,16 +165,15 @@ def main():
     real = tell("model", empty)
     rules = tell("rules", dcpm.Memory())
     questions = [line.split("|") for line in QUESTIONS.strip().split("\n")]
-    conditions = {"System1": {"schemas": False}, "System1+2": {}}
+    conditions = {"System1+2": {}, "System1": {"schemas": False}}
     table = {}
     for name, memory in (("model", real), ("rules", rules)):
         for condition, kinds in answers(real.backend, memory, questions, conditions).items():
             table[f"{name}, {condition}"] = kinds
-    kinds = dict.fromkeys(kind for kind, *_ in questions)
-    print("\n| memory | " + " | ".join(kinds) + " | all |\n|" + " --- |" * (len(kinds) + 2))
+    names = list(dict.fromkeys(kind for kind, *_ in questions))
+    print("\n| memory | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
     for name, kinds in table.items():
-        cells = [f"{sum(v)}/{len(v)}" for v in kinds.values()]
-        print(f"| {name} | " + " | ".join(cells) + f" | {sum(sum(v) for v in kinds.values())} |")
+        print(f"| {name} | " + " | ".join(f"{sum(v)}/{len(v)}" for v in (kinds[k] for k in names)) + " |")
     print(f"calls {real.backend.tally['calls']}, failures after all tries {dict(+real.backend.failures)}")
 
 
