@@ -12,7 +12,6 @@ pad may be the same id as the end of a turn.
 """
 import ast
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -28,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, ClassVar, Literal, NoReturn
@@ -59,7 +58,6 @@ def fail(message: str) -> NoReturn:
 
 
 def option(default, help: str):
-    """A Config field with its help sentence."""
     return field(default=default, metadata={"help": help})
 
 
@@ -90,8 +88,7 @@ class Config:
     show_every: int = option(20, "print one rollout every so many steps; 0 = never")
     fresh: bool = option(False, "fit the tiny models again instead of taking them from the cache")
     thinking: bool = option(False, "let the chat template open a thinking block (models that have one)")
-    plot: list[str] = field(default_factory=list, metadata={
-        "help": "FILE.png [RUN ...]: only draw these run folders, or that of the other flags"})
+    plot: list[str] | None = option(None, "FILE.png [RUN ...]: only draw these runs, or that of the flags")
 
     def __post_init__(self):
         self.max_new_tokens = self.max_new_tokens or (self.tiny_tokens if self.data == "chain" else 1024)
@@ -241,10 +238,6 @@ def mixed_precision(device) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def autocast(model):
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision(model.device))
-
-
 def load_pretrained(name: str, kind, dtype):
     """Hugging Face id or folder -> (model of the class `kind`, tokenizer); one sentence if there is none."""
     offline = Path(name).exists() or not hub_reachable()
@@ -257,7 +250,6 @@ def load_pretrained(name: str, kind, dtype):
 
 
 def load_model(name: str, device, trainable: bool = True):
-    """Hugging Face id or folder -> (model, tokenizer)."""
     bf16 = mixed_precision(device)
     # Frozen on a CPU it keeps the type it was saved in, if the CPU has instructions for bf16: without them a
     # prompt takes eight times as long as in fp32.
@@ -271,12 +263,6 @@ def load_model(name: str, device, trainable: bool = True):
     if trainable and bf16:  # acts in train mode only, so not in rollouts
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).requires_grad_(trainable), tok
-
-
-def check_same_tokenizer(tok, teacher_tok) -> None:
-    """Distillation compares log-probs of the same ids, so an id must mean the same to both models."""
-    if tok.get_vocab() != teacher_tok.get_vocab():
-        fail("student and teacher have different tokenizers; take two models of one family")
 
 
 # -------------------------------------------------------------------------------- tasks and answers
@@ -585,7 +571,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
     logps, entropy = torch.zeros(2, *ids.shape, device=device)                              # (B, last) each
     rows, index = [Row() for _ in ids], list(range(len(ids)))  # index: the n rows that are in the cache
     for column in range(start, last):
-        with autocast(model):
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(device)):
             logits = model(input_ids=new, attention_mask=seen, cache=cache, logits_to_keep=1,
                            position_ids=positions(seen)[:, -new.shape[1]:]).logits[:, -1]   # (n, V)
         if column == start:  # each distinct prompt was read once; its cache is copied to the whole group
@@ -698,7 +684,7 @@ def hidden_at(model, ids, attention_mask, mask):
     (B, T); attention_mask (B, T), or None if the padding is all on the right. The token in column p is
     predicted from column p - 1: this shift is here and nowhere else."""
     numbers = None if attention_mask is None else positions(attention_mask)         # (B, T)
-    with autocast(model):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed_precision(ids.device)):
         hidden = model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=numbers,
                                   use_cache=False).last_hidden_state                # (B, T, H)
     return hidden[:, :-1][mask[:, 1:].bool()]
@@ -862,7 +848,8 @@ class Run:
     def __init__(self, config, script: str):
         self.config, self.script, self.folder = config, script, run_folder(config, script)
         self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "state.pt"
-        self.interrupted, self.warned, self.last_eval = False, set(), (None, {})
+        self.interrupted, self.last_eval = False, (None, {})
+        self.warn = functools.cache(lambda text: print(f"warning: {text}", flush=True))  # each warning once
         self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
         if config.resume:
             if not self.checkpoint.exists():
@@ -895,7 +882,6 @@ class Run:
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            self.metrics.touch()
         signal.signal(signal.SIGINT, self.interrupt)
         return self.notes["step"]
 
@@ -912,7 +898,7 @@ class Run:
         due = config.save_every and (step % config.save_every == 0 or step == config.steps)
         if due or self.interrupted:
             self.notes |= {"seconds": time.time() - self.began, "bytes": self.metrics.stat().st_size}
-            save({"notes": self.notes, "config": dataclasses.asdict(config),
+            save({"notes": self.notes, "config": asdict(config),
                   "modules": [module.state_dict() for module in self.modules],
                   "generator": self.generator.get_state(),
                   "dice": [rng.getstate() for rng in self.dice]}, self.checkpoint)
@@ -938,14 +924,9 @@ class Run:
         gain = f"  ({accuracy - self.notes['before']['accuracy']:+.3f})" if when == "after" else ""
         print(f"eval {when}  accuracy {accuracy:.3f} +- {result['se']:.3f} at T = 1, "
               f"{result['greedy_accuracy']:.3f} greedy, length {result['length']:.0f}{gain}", flush=True)
-        self.log({"eval": when, **({"step": when} if isinstance(when, int) else {}), **result})
+        self.log({"eval": when, "step": self.notes["step"], **result})
         self.notes.setdefault("before", result)
         self.notes["best"] = max(self.notes.get("best", 0.0), accuracy)
-
-    def warn(self, text: str) -> None:  # each warning once
-        if text not in self.warned:
-            print(f"warning: {text}", flush=True)
-        self.warned.add(text)
 
     def watch(self, rollouts: Rollouts, reward, norm: float) -> dict:
         """Figures of a step's rollouts; warns of the usual reasons why nothing is learnt. reward: (B,), or
@@ -977,7 +958,7 @@ class Run:
             summary |= {name + "_before": notes["before"][key], name + "_after": after[key]}
         summary |= {"se": after["se"], "greedy_se": after["greedy_se"], "seconds": time.time() - self.began,
                     "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]), **more,
-                    "skipped_steps": notes["skipped_steps"], "config": dataclasses.asdict(config),
+                    "skipped_steps": notes["skipped_steps"], "config": asdict(config),
                     "versions": {module.__name__: module.__version__ for module in (torch, transformers)}}
         model.save_pretrained(self.folder / "model")
         tok.save_pretrained(self.folder / "model")
@@ -1002,7 +983,7 @@ def compared(train: Callable, config, variants: dict[str, dict], script: str) ->
         for name, flags in variants.items():
             cell_name = f"{re.sub('[^a-z0-9_]+', '-', name)}-s{seed}"
             folder = Path(config.out or f"runs/{script}-compare", cell_name)
-            cell = dataclasses.replace(config, **{"seed": seed, "out": str(folder), "show_every": 0, **flags})
+            cell = replace(config, **{"seed": seed, "out": str(folder), "show_every": 0, **flags})
             print(f"\n{name}, seed {seed}", flush=True)
             summary = folder / "summary.json"
             done = json.loads(summary.read_text()) if summary.exists() and not config.overwrite else None
@@ -1012,7 +993,7 @@ def compared(train: Callable, config, variants: dict[str, dict], script: str) ->
                 cell.resume = (folder / "state.pt").exists() and not config.overwrite
                 cell.overwrite = config.overwrite or not summary.exists()
                 done = train(cell)
-                config = dataclasses.replace(config, fresh=False)  # the tiny models are fitted anew only once
+                config = replace(config, fresh=False)  # the tiny models are fitted anew only once
             found[name].append(done)
     return found
 
@@ -1034,10 +1015,9 @@ def plot_runs(png: str, folders: list) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.5), layout="tight")
     for folder in map(Path, folders):
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        when = {"before": 0, "after": max(r.get("step", 0) for r in records)}
         for axis, key in zip(axes, ("accuracy", "solved", "entropy", "length")):
             wanted = [r for r in records if key in r and ("eval" in r) == (key == "accuracy")]
-            axis.plot([when.get(r.get("eval"), r.get("step")) for r in wanted], [r[key] for r in wanted])
+            axis.plot([r["step"] for r in wanted], [r[key] for r in wanted])
             axis.set(title=key, xlabel="step")
     axes[0].legend([Path(folder).name for folder in folders])
     figure.savefig(png)
@@ -1060,18 +1040,17 @@ def launch(config, script: str, train: Callable, **actions: Callable) -> None:
 
 
 # ---------------------------------------------------------------------- chat, for judges and memory
-def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, temperature: float = 0.0, *,
-                 json_object: bool = False, batch: int = 8, device: str = "", **network) -> Callable:
-    """A function: list of conversations (lists of messages) -> list of texts, None where no full answer came.
-    name: the URL of an OpenAI-compatible server (`model_name` is its name of the model), or a Hugging Face id
-    or folder. The function takes its own temperature and max_new_tokens: one model can play several roles."""
+def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, *, json_object: bool = False,
+                 batch: int = 8, device: str = "", **network) -> Callable:
+    """A function: conversations (lists of messages), temperature -> texts, None where no full answer came.
+    name: a Hugging Face id or folder, or an OpenAI-compatible server's URL (`model_name`: its model)."""
     if name.startswith(("http://", "https://")):
-        return endpoint(name, model_name, max_new_tokens, temperature, json_object, **network)
+        return endpoint(name, model_name, max_new_tokens, json_object, **network)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tok = load_model(name, device, trainable=False)
     generator = torch.Generator(device).manual_seed(0)
 
-    def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
+    def chat(conversations, temperature=0.0):
         # No text may end its own turn: here, where the tokenizer is known, its control tokens are broken up.
         tasks = [Task([{**m, "content": defused(tok, m["content"])} for m in c], "") for c in conversations]
         answers = []
@@ -1084,22 +1063,23 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, tem
     return chat
 
 
-def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float, json_object: bool,
-             timeout: float = 60.0, retries: int = 4, sleep: Callable = time.sleep) -> Callable:
+def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, timeout: float = 60.0,
+             retries: int = 4, sleep: Callable = time.sleep) -> Callable:
     """`chat_backend` for a server, 8 requests at once, each at most `timeout` seconds long. A first request
     is made here: a wrong address, key, model or flag must show before any work is done."""
     # The key is explicit: without one the client would send this machine's Hugging Face token to the URL.
     key, warned = os.environ.get("OPENAI_API_KEY") or "EMPTY", set()
     client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
-    usual = {"model": model_name or "default", "max_tokens": max_new_tokens, "temperature": temperature}
+    usual = {"model": model_name or "default", "max_tokens": max_new_tokens}
     usual |= {"response_format": {"type": "json_object"}} if json_object else {}
 
-    def request(messages, sampling):
+    def request(messages, temperature):
         """-> text or None, and what was said instead of a reply."""
         for attempt in range(retries + 1):
             try:
                 with ThreadPool(1) as pool:  # the client's time-out is one per read: a slow drip never ends
-                    reply = pool.apply_async(client.chat_completion, (messages,), sampling).get(timeout)
+                    how = {**usual, "temperature": temperature}
+                    reply = pool.apply_async(client.chat_completion, (messages,), how).get(timeout)
                 text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
                 whole = isinstance(text, str) and text and reason not in ("length", "content_filter")
                 return text if whole else None, ""
@@ -1113,10 +1093,9 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float,
                 wait = getattr(response, "headers", {}).get("retry-after", "")
                 sleep(min(float(wait) if wait.isdigit() else 2.0 ** attempt, 60.0))
 
-    def chat(conversations, temperature=temperature, max_new_tokens=max_new_tokens):
-        sampling = usual | {"max_tokens": max_new_tokens, "temperature": temperature}
+    def chat(conversations, temperature=0.0):
         with ThreadPool(8) as pool:
-            replies = pool.map(lambda messages: request(messages, sampling), conversations)
+            replies = pool.map(functools.partial(request, temperature=temperature), conversations)
         said = next((said for _, said in replies if said), "")
         if said and not warned:  # here and not in the threads: it is said once
             warned.add(said)
@@ -1124,7 +1103,7 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, temperature: float,
         return [text for text, _ in replies]
 
     ping = [{"role": "user", "content": "Reply with the JSON object {} and nothing else."}]
-    if said := request(ping, usual)[1]:
+    if said := request(ping, 0.0)[1]:
         fail(f"{url} gives no reply ({said}); check address, model name '{model_name}' and $OPENAI_API_KEY")
     return chat
 
@@ -1140,13 +1119,12 @@ def read_object(text: str) -> dict:
         raise ValueError("the reply holds no whole JSON object") from None
 
 
-def ask(chat: Callable, conversations: list, check, tries: int = 3, tally: Counter | None = None) -> list:
+def ask(chat: Callable, conversations: list, check, tally: Counter, tries: int = 3) -> list:
     """check(the reply's JSON object) for each conversation, None where no usable reply came. check: one or a
     list of functions; by ValueError, LookupError or TypeError they call a reply unusable. The model is then
     asked again and told why, but not where no complete reply came. tally: counts "calls" and the reasons."""
     checks = check if isinstance(check, list) else [check] * len(conversations)
     results, todo = [None] * len(checks), dict(enumerate(conversations))
-    tally = Counter() if tally is None else tally
     for _ in range(tries):
         asked, todo = todo, {}
         for i, reply in zip(asked, chat(list(asked.values())) if asked else []):

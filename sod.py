@@ -240,11 +240,13 @@ def load_student(config, device):
 def load_teacher(config, tok, device):
     """The tiny teacher is fitted on nearly clean demonstrations and then improved with GRPO, as in the paper.
     Unless it `knows` them, there are no time-outs in either phase."""
+    teacher, teacher_tok = None, build_tokenizer()
     if config.teacher != "tiny":
         teacher, teacher_tok = common.load_model(config.teacher, device, trainable=False)
-        common.check_same_tokenizer(tok, teacher_tok)
+    if tok.get_vocab() != teacher_tok.get_vocab():  # an id must mean the same to both
+        common.fail("student and teacher have different tokenizers; take two models of one family")
+    if teacher:
         return teacher
-    common.check_same_tokenizer(tok, build_tokenizer())
     rate = config.timeout_rate if config.teacher_knows_timeouts else 0.0
     docs = demonstrations(tok, 8000, "teacher", rate, seed=2)
     teacher = common.tiny_model(tok, seed=2, hidden_size=96)

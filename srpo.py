@@ -390,7 +390,7 @@ def train(config: Config) -> dict:
 def trends(metrics) -> dict:
     """For the summary: speed of learning; means over the first and last ten steps that measured something."""
     records, result = [json.loads(line) for line in metrics.read_text().splitlines()], {}
-    if curve := {r["step"]: r["accuracy"] for r in records if "eval" in r and "step" in r}:
+    if curve := {r["step"]: r["accuracy"] for r in records if isinstance(r.get("eval"), int)}:
         result["mean accuracy"] = sum(curve.values()) / len(curve)
         result["steps to .9"] = next((step for step, a in curve.items() if a >= 0.9), max(curve))
     for key in ("teacher H", "routed", "teacher_seconds"):

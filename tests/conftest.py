@@ -7,6 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,43 +46,35 @@ def timeless(folder) -> list[dict]:
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
 
-class Server:
+@contextlib.contextmanager
+def Server(behave, headers=(), pause=0.0):
     """OpenAI-compatible, on the loopback device; `behave(body, count)` -> (status, text, finish reason). Text
     in bytes is the whole reply; with `pause`, byte by byte, so many seconds apart."""
+    requests, lock = [], threading.Lock()
 
-    def __init__(self, behave, headers=(), pause=0.0):
-        self.requests, lock = [], threading.Lock()
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                requests.append((self.path, body, self.headers.get("Authorization")))
+                count = len(requests)
+            status, text, reason = behave(body, count)
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+            reply = text if isinstance(text, bytes) else json.dumps({"choices": [choice]}).encode()
+            size = 1 if pause else len(reply)
+            with contextlib.suppress(OSError):  # the client has lost patience
+                self.send_response(status)
+                for name, value in [("Content-Length", str(len(reply))), *headers]:
+                    self.send_header(name, value)
+                self.end_headers()
+                for i in range(0, len(reply), size):
+                    time.sleep(pause)
+                    self.wfile.write(reply[i:i + size])
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(handler):
-                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                with lock:
-                    self.requests.append((handler.path, body, handler.headers.get("Authorization")))
-                    count = len(self.requests)
-                status, text, reason = behave(body, count)
-                message = {"role": "assistant", "content": text}
-                choice = {"index": 0, "message": message, "finish_reason": reason}
-                reply = text if isinstance(text, bytes) else json.dumps({"choices": [choice]}).encode()
-                size = 1 if pause else len(reply)
-                with contextlib.suppress(OSError):  # the client has lost patience
-                    handler.send_response(status)
-                    for name, value in [("Content-Length", str(len(reply))), *headers]:
-                        handler.send_header(name, value)
-                    handler.end_headers()
-                    for i in range(0, len(reply), size):
-                        time.sleep(pause)
-                        handler.wfile.write(reply[i:i + size])
+        def log_message(self, *args):
+            pass
 
-            def log_message(handler, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/v1", requests=requests)
+        server.shutdown()

@@ -3,6 +3,7 @@ was never stopped, times excepted.
 
     python tests/stress_resume.py [KILLS [SCRIPT ...]]      20 kills each by default, some minutes a script
 """
+import contextlib
 import random
 import subprocess
 import sys
@@ -16,35 +17,27 @@ FLAGS = ["--steps", "30", "--prompts_per_step", "4", "--group_size", "4", "--eva
          "--eval_every", "4", "--save_every", "3", "--threads", "1"]
 
 
-def ends(script: str, folder: Path, flag: str, seconds: float | None = None) -> bool:
-    """Runs the script; False if it had to be killed after so many seconds."""
+def execute(script: str, folder: Path, flag: str, seconds: float | None = None) -> None:
+    """Runs the script, or kills it (-9) after so many seconds."""
     command = [sys.executable, str(ROOT / script), *FLAGS, "--out", str(folder), flag]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        if child.wait(seconds):
-            sys.exit(f"{script} {flag} failed")
-        return True
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-        return False
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, timeout=seconds)
 
 
 def stress(script: str, kills: int, root: Path) -> None:
-    rng, whole = random.Random(script), root / "whole"
-    ends(script, whole, "--overwrite")  # fits what is not in the cache yet
+    rng, whole, resumed = random.Random(script), root / "whole", 0
+    execute(script, whole, "--overwrite")  # fits what is not in the cache yet
     started = time.time()
-    ends(script, whole, "--overwrite")
-    seconds, done, resumed = time.time() - started, 0, 0
-    while done < kills:
-        folder = root / f"killed-{done}"
-        if ends(script, folder, "--overwrite", rng.uniform(0.5, 1) * seconds):
-            continue  # it was faster this time
+    execute(script, whole, "--overwrite")
+    seconds = time.time() - started
+    for i in range(kills):
+        folder = root / f"killed-{i}"
+        execute(script, folder, "--overwrite", rng.uniform(0.5, 0.95) * seconds)
         flag = "--resume" if (folder / "state.pt").exists() else "--overwrite"
-        ends(script, folder, flag)
+        execute(script, folder, flag)
         assert timeless(folder) == timeless(whole), f"{folder} differs from {whole}"
-        done, resumed = done + 1, resumed + (flag == "--resume")
-    print(f"{script}: {done} kills, {resumed} after a checkpoint; the metrics are the same", flush=True)
+        resumed += flag == "--resume"
+    print(f"{script}: {kills} kills, {resumed} after a checkpoint; the metrics are the same", flush=True)
 
 
 if __name__ == "__main__":

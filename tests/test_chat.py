@@ -22,7 +22,7 @@ def test_server_request_and_key(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with Server(lambda body, count: GOOD) as server:
-        chat = common.chat_backend(server.url, "the-model", 77, 0.0, json_object=True)
+        chat = common.chat_backend(server.url, "the-model", 77, json_object=True)
         assert chat(HELLO, temperature=0.7) == ["{}"]
         monkeypatch.setenv("OPENAI_API_KEY", "my-key")
         assert common.chat_backend(server.url, "m", 5)(HELLO) == ["{}"]
@@ -125,21 +125,19 @@ def at_least(least, data):
 
 def test_ask_again_with_the_reason():
     chat, tally = Scripted('{"n": 1}', "prose", '{"m": 1}', '{"n": 5}', '{"n": 2}', '{"n": 0}'), Counter()
-    assert common.ask(chat, talk("a", "b", "c"), partial(at_least, 1), tries=2, tally=tally) == [1, 5, 2]
+    assert common.ask(chat, talk("a", "b", "c"), partial(at_least, 1), tally, tries=2) == [1, 5, 2]
     first, second = chat.asked[3:]
     assert first[:2] == [*talk("b")[0], {"role": "assistant", "content": "prose"}]
     assert "no whole JSON object" in first[2]["content"] and "'n' is missing" in second[2]["content"]
     assert tally == {"calls": 5, "the reply holds no whole JSON object": 1, "'n' is missing": 1}
-    assert common.ask(chat, talk("a"), partial(at_least, 1), tries=1) == [None]
-
-
-def test_ask_gives_up_after_its_tries_and_at_once_without_a_reply():
+    assert common.ask(chat, talk("a"), partial(at_least, 1), tally, tries=1) == [None]
+    # it gives up after its tries, and at once without a reply
     chat = Scripted(*['{"n": 1}'] * 9)
-    assert common.ask(chat, talk("a"), partial(at_least, 3)) == [None] and len(chat.asked) == 3
+    assert common.ask(chat, talk("a"), partial(at_least, 3), tally) == [None] and len(chat.asked) == 3
     assert len(chat.asked[2]) == 3  # the last bad reply alone goes with the question
     chat = Scripted(None, '{"n": 3}')
-    assert common.ask(chat, talk("a", "b"), [partial(at_least, 9), partial(at_least, 3)]) == [None, 3]
-    assert common.ask(chat, [], partial(at_least, 1)) == []
+    assert common.ask(chat, talk("a", "b"), [partial(at_least, 9), partial(at_least, 3)], tally) == [None, 3]
+    assert common.ask(chat, [], partial(at_least, 1), tally) == []
 
 
 def test_remembered(tmp_path):

@@ -6,8 +6,6 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -17,7 +15,6 @@ import common
 import ropd
 from conftest import Server, timeless
 from ropd import Rubric
-from stress_judge import mutations, rubric_text, verdict_text
 
 QUESTION = "Start with 1, work modulo 7: A-4, B+2. Put the last value in \\boxed{}."
 RIGHT, WRONG = "A1-4=4, B4+2=6. \\boxed{6}", "A1-4=3, B3+2=5. \\boxed{5}"
@@ -29,24 +26,24 @@ def test_reward_worked_numbers():
         assert ropd.rubric_reward([5, 5, 4, 5, 3], [v == "1" for v in verdict]) == reward
     with pytest.raises(ValueError):
         ropd.rubric_reward([5, 5, 4, 5, 3], [True] * 4)
-
-
-def test_advantages_are_centred_and_ignore_the_teacher():
-    rewards = torch.tensor([5, 9, 1, 12]).double() / 12
-    centred = common.group_advantages(rewards, 4, std=False)
-    assert centred.tolist() == pytest.approx([-.145833, .1875, -.479167, .4375], abs=1e-6)
-    scaled = common.group_advantages(rewards, 4)
-    assert scaled.tolist() == pytest.approx([-.3656, .4700, -1.2011, 1.0967], abs=1e-4)
-    assert torch.allclose(common.group_advantages(rewards - 11 / 12, 4, std=False), centred)
-
-
-def test_auc():
     assert ropd.auc([.9, .8, .1], [1, 1, 0]) == 1
     assert ropd.auc([.5, .5, .1, .7], [1, 0, 0, 1]) == pytest.approx(3.5 / 4)
     assert ropd.auc([.5], [1]) is None
 
 
 # ------------------------------------------------------------------------------------------- parsers
+def rubric_text(k: int) -> str:
+    return json.dumps({"rubrics": [{"criterion": f"Says {i}.", "points": 1 + i % 5} for i in range(k)]})
+
+
+def verdict_text(verdicts, points, total=0) -> str:
+    """total: what every answer claims; 0 = the truth."""
+    answers = [{"answer_index": i, "judgement": v,
+                "final_score": sum(p for p, yes in zip(points, v) if yes) if total == 0 else total}
+               for i, v in enumerate(verdicts, 1)]
+    return json.dumps({"answers": answers})
+
+
 def test_rubrics():
     for k in (4, 12):
         reply = json.loads(rubric_text(k))
@@ -93,11 +90,6 @@ def test_scores():
     for bad in ((1,), (1, 11), (1, -1), (1, 5.5), (1, True), (1, "7")):
         with pytest.raises(ValueError):
             ropd.parse_scores(reply(*bad), 2)
-
-
-def test_mutated_replies_are_valid_or_errors():
-    counts = mutations(2000, seed=0)
-    assert sum(counts.values()) == 2000 and counts["valid"] > 20 and len(counts) >= 4
 
 
 # ------------------------------------------------------------------------------------------- prompts
@@ -187,9 +179,7 @@ def test_three_tries_then_the_group_is_left_out():
     groups, calls = score(Scripted(rubrics=["by rule", None, "by rule"]), groups=3)  # the others stay whole
     assert [g.left_out for g in groups] == ["", "rubric", ""] and calls == 5
     assert groups[0].rewards == groups[2].rewards and groups[0].rewards[0] == 1
-
-
-def test_a_lost_verdict_keeps_the_rubric():
+    # a lost verdict keeps the rubric
     judge = Scripted(verdicts=[verdict_text([[True] * 4], [1] * 4)])
     (group,), calls = score(judge)
     assert (calls, group.left_out, len(judge.rubrics), len(judge.verdicts)) == (3, "", 1, 2)
@@ -408,17 +398,9 @@ def test_training_with_a_server_as_teacher_and_judge(tiny, tmp_path):
     assert sum(body["model"] == "t" for body in asked) >= 48 and len(again) < 10
 
 
-def test_a_dead_server_leaves_the_earlier_run_alone(tiny, tmp_path, refused, monkeypatch):
-    (tmp_path / "metrics.jsonl").write_text("precious")
-    monkeypatch.setattr(ropd, "chat_backend", partial(common.chat_backend, sleep=lambda seconds: None))
-    config = quick(tmp_path, judge="http://127.0.0.1:9/v1", overwrite=True)
-    assert "gives no reply" in refused(ropd.train, config)
-    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
-
-
 # ------------------------------------------------------------------------------------------- command line
 def test_compare_and_explain(tiny, tmp_path, capsys):
-    flags = ["--eval_tasks", "4", "--max_new_tokens", "24", "--prompts_per_step", "2", "--group_size", "2"]
+    flags = ["--eval_tasks", "4", "--max_new_tokens", "8", "--prompts_per_step", "2", "--group_size", "2"]
     ropd.main(["--compare", "--seeds", "1", "--steps", "1", "--out", str(tmp_path / "c"), *flags])
     shown = capsys.readouterr().out
     for name in ("ropd", "ropd, m = 1", "equal_points", "uniform_rubric", "per_student_rubric", "judge",
@@ -435,16 +417,12 @@ def test_compare_and_explain(tiny, tmp_path, capsys):
     ("--std --method sft", "would change nothing"), ("--std --compare", "would change nothing"),
     ("--teacher http://x --teacher_model x --method grpo", "would change nothing"),
     ("--compare --method judge", "leave --method out"), ("--compare --explain", "--explain"),
-    ("--teacher_answers 0", "--teacher_answers"), ("--reply_tokens 0", "--reply_tokens")])
-def test_refusals(flags, words, tmp_path, refused):
+    ("--teacher_answers 0", "--teacher_answers"), ("--reply_tokens 0", "--reply_tokens"),
+    ("--judge http://127.0.0.1:9/v1", "gives no reply")])  # nobody listens there
+def test_refusals(flags, words, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(ropd, "chat_backend", partial(common.chat_backend, sleep=lambda seconds: None))
     data, out = tmp_path / "d.jsonl", tmp_path / "r"
     data.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(30)))
     argv = [str(data) if word == "DATA" else word for word in flags.split()]
     assert words in refused(ropd.main, [*argv, "--eval_tasks", "5", "--out", str(out)])
     assert not out.exists()
-
-
-def test_script_runs_as_a_program(tmp_path):
-    done = subprocess.run([sys.executable, ropd.__file__, "--help"],
-                          capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "uniform_rubric" in done.stdout
