@@ -231,7 +231,7 @@ class Store:
 # hit: least score of a search result; own: a schema of the question's domain; near: a chain to reconcile
 Limits = namedtuple("Limits", "cluster tight alike unlike hit own near")
 LIMITS = {"words": Limits(0.55, 0.75, 0.70, 0.60, 0.05, 0.3, 0.3),
-          "mpnet": Limits(0.45, 0.60, 0.45, 0.75, 0.2, 0.25, 0.55)}
+          "mpnet": Limits(0.45, 0.60, 0.45, 0.75, 0.2, 0.25, 0.65)}
 
 
 class Vectors:
@@ -269,15 +269,19 @@ STRICT = "You maintain the memory of an assistant. Reply with one JSON object an
 # said before comes after the task: in front of it, a small model makes claims of that.
 EXTRACT = """List each claim of the new message about {speaker} or people around them, one per event, no
 hypotheses.
-"attribute" is one of {attributes}. "polarity" is 1 if it holds, -1 if no longer or disliked.
+"subject" is whom it is about. "attribute" is residence (a place), employer (a company), occupation (a
+profession), name (their own), partner, diet, likes, hobby, possession, condition (health), plan (with a date)
+or event (all else that was done or happened). "polarity" is 1 if it holds, -1 if no longer or disliked.
 "quote" is copied word for word from the new message. "forget" lists what it asks to forget.
-Sample reply to "I moved to Rome because Fiat hired me. My sister Eva sold her car. I quit tea.":
+Sample reply to "I moved to Rome, Opel hired me. My sister Eva sold her car. At work I tidied up twice.":
 {{"claims": [{{"subject": "user", "attribute": "residence", "value": "Rome", "polarity": 1, \
-"text": "The user moved to Rome, hired by Fiat.", "quote": "I moved to Rome because Fiat hired me"}}, \
+"text": "The user moved to Rome, hired by Opel.", "quote": "I moved to Rome"}}, \
+{{"subject": "user", "attribute": "employer", "value": "Opel", "polarity": 1, \
+"text": "The user works for Opel.", "quote": "Opel hired me"}}, \
 {{"subject": "sister Eva", "attribute": "possession", "value": "car", "polarity": -1, \
 "text": "Sister Eva sold her car.", "quote": "My sister Eva sold her car"}}, \
-{{"subject": "user", "attribute": "likes", "value": "tea", "polarity": -1, "text": "The user quit tea.", \
-"quote": "I quit tea"}}], "forget": []}}
+{{"subject": "user", "attribute": "event", "value": "tidied up", "polarity": 1, \
+"text": "The user tidied up twice at work.", "quote": "At work I tidied up twice"}}], "forget": []}}
 
 Earlier messages, done already, only to understand the new one:
 {before}
@@ -286,16 +290,18 @@ New message by {speaker} on {t}:
 <message>
 {text}
 </message>"""
-RECONCILE = """Known chains, newest version last:
+RECONCILE = """Which new items are about the same thing as a known one? For each of these give "item", its
+number, "id", that of the known one, and "op": "CONFIRM" (the same again), "REFINE" (the same in more detail)
+or "SUPERSEDE" (both cannot be true now). Leave out all others: two likes can coexist, two events are two
+events, and none is a good answer.
+Sample reply to the known "[b4] The user likes tea. [b9] The user ran in the park." and the new "0. The user
+ran at the lake. 1. The user quit tea.": {{"operations": [{{"item": 1, "id": "b4", "op": "SUPERSEDE"}}]}}
+
+Known, newest version last:
 {chains}
 
 New items:
-{items}
-
-For each item about the same thing as a known one give {{"item": number, "op": "CONFIRM" (nothing new),
-"REFINE" (more detail, compatible) or "SUPERSEDE" (both cannot be true now), "id": the known id}}.
-Leave out all others: two likes can coexist, and two events are two events.
-Sample reply: {{"operations": [{{"item": 0, "op": "SUPERSEDE", "id": "b4"}}]}}"""
+{items}"""
 SINGLE = ("residence", "employer", "occupation", "name", "partner", "diet")  # one value at a time
 ATTRIBUTES = (*SINGLE, "likes", "hobby", "possession", "condition", "plan", "event")
 
@@ -827,7 +833,7 @@ class LLM:
                 before = "\n".join(f"{t.speaker}: {t.text[:300]}" for t in sitting[:sitting.index(turn)][-2:]
                                    if t.id not in memory.hidden)
                 prompts[turn.id] = EXTRACT.format(t=turn.t, before=before or "(none)", speaker=turn.speaker,
-                                                  text=text, attributes=", ".join(ATTRIBUTES))
+                                                  text=text)
         checks = [functools.partial(self.read_claims, memory.turns[id_]) for id_ in prompts]
         found = dict(zip(prompts, self.ask("extract", list(prompts.values()), checks)))
         # Without a usable answer the claims are lost, but not a request to forget: the rules read it.
@@ -838,17 +844,18 @@ class LLM:
         """The model's JSON -> (claims, what to forget). A quote that is not in the message is invented."""
         claims = []
         for c in data["claims"]:
-            value, text, said = str(c["value"]), str(c["text"]), str(c["quote"]).strip(" .")
-            at, polarity, attribute = turn.text.find(said), c.get("polarity", 1), c.get("attribute")
-            if at < 0 or not said or not key(value) or polarity not in (1, 0, -1):
+            value, polarity, attribute = str(c["value"]), c.get("polarity", 1), c.get("attribute")
+            said = re.findall(r"\w+", str(c["quote"]))
+            at = said and re.search(r"\W+".join(said), turn.text, re.I)  # only its punctuation may differ
+            if not at or not key(value) or polarity not in (1, 0, -1):
                 continue
             subject = str(c.get("subject") or turn.speaker).lower().removeprefix("the ")
             subject = turn.speaker if subject in ("user", "i", "me", turn.speaker.lower()) else subject
-            first, last = date_window(said, turn.t)
+            first, last = date_window(at[0], turn.t)
             plan = attribute == "plan" and last >= turn.t[:10]
             known = attribute in ATTRIBUTES and (plan or attribute != "plan")  # a plan without an end is none
             claims.append(Claim(
-                attribute if known else "event", value[:200], text[:500], (at, at + len(said)), subject,
+                attribute if known else "event", value[:200], str(c["text"])[:500], at.span(), subject,
                 polarity, first if last < turn.t[:10] else turn.t, 0.9 if subject == turn.speaker else 0.4,
                 last if plan else ""))
         return claims, [str(f) for f in data.get("forget") or [] if words(str(f))]
@@ -856,7 +863,7 @@ class LLM:
     def reconcile(self, memory, claims):
         """Match claims to the chains they belong to. Ids outside the candidates are refused."""
         # A single slot needs no model to be found. shown: id of a head -> its chain
-        shown, known = {}, list(memory.beliefs.values())
+        shown, known = {}, [b for b in memory.beliefs.values() if b.slot[1] not in SINGLE]
         new = [c.text for c in claims if c.attribute not in SINGLE]
         if known and new:
             near = cosines(memory.vectors([b.text for b in known]), memory.vectors(new)).max(1)  # (beliefs,)

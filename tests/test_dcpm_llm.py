@@ -160,7 +160,7 @@ def test_the_reconciler_is_shown_whole_chains_and_one_operation_a_node_counts():
                   + [{"operations": [{"item": i, "op": "SUPERSEDE", "id": "b3"} for i in (0, 1)]}])
     memory = tell(chat, *said)
     known = chat.prompts("reconcile")[-1].split("New items")[0]
-    assert all(s in known for s in said[:3]) and known.count("[b") == 1
+    assert all(s in known for s in said[:3]) and known.count("\n[b") == 1
     assert sorted(len(memory.trail(slot)) for slot in memory.heads) == [1, 4] and memory.check() == []
 
 
