@@ -131,7 +131,7 @@ def count(nodes):
 
 
 def answers(model, memory, questions, conditions):
-    """{condition: {kind: [1 or 0]}}. Of System1 alone only habits are asked: schemas say nothing of the rest."""
+    """{condition: {kind: [1 or 0]}}. System1 alone is asked for habits only: schemas say nothing else."""
     out, replies = {}, {}
     for name, switches in conditions.items():
         asked, chosen = [], [q for q in questions if not switches or q[0].startswith("implicit")]

@@ -542,7 +542,7 @@ def test_what_may_happen_at_any_time_is_one_sentence(error, word, refused):
 
 
 def test_scripts_are_programs():  # sod and dcpm run as such elsewhere
-    runs = [subprocess.Popen([sys.executable, ROOT / f"{name}.py", "--help"], stdout=subprocess.PIPE, text=True)
+    runs = [subprocess.Popen([sys.executable, ROOT / f"{name}.py", "--help"], text=True, stdout=-1)  # a pipe
             for name in ("common", "ropd", "srpo")]
     assert all("--group_size" in run.communicate()[0] and run.returncode == 0 for run in runs)
 

@@ -56,7 +56,7 @@ def tell(chat, *texts, memory=None):
 
 # ---------------------------------------------------------------- by day
 def test_good_answers_go_through_the_same_chains():
-    chat = Script(extract=[claims(("residence", "Paris", "i live, in: Paris.")),  # a quote's points may differ
+    chat = Script(extract=[claims(("residence", "Paris", "i live, in: Paris.")),  # points may differ
                            "Sure! " + json.dumps(claims(("residence", "Berlin", "Moved to Berlin!")))],
                   answer=["Berlin", None])
     memory = tell(chat, "Well, I live in Paris, you know.", "Moved to Berlin!")
