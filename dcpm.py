@@ -221,6 +221,11 @@ class Store:
     def head(self, slot):
         return self.beliefs.get(self.heads.get(tuple(slot)))
 
+    def said(self, belief):
+        """The words in which it was told. System2 reads these: in a model's version all facts begin alike."""
+        turn, start, end, _ = next(s for s in belief.sources if self.turns[s[0]].t == belief.t_seen)
+        return self.turns[turn].text[start:end]
+
     def sessions(self, beliefs):
         return {self.turns[source[0]].session for b in beliefs for source in b.sources}
 
@@ -454,9 +459,9 @@ def plan_schemas(memory, now, schemas, fresh):
                  if holds(b) and b.slot[0] == person and b.slot[1] not in ("plan", *SINGLE)]
         if not facts:
             continue
-        labels = two_stage_dbscan(memory.vectors([b.text for b in facts]), memory.limits)  # (facts,)
+        labels = two_stage_dbscan(memory.vectors(list(map(memory.said, facts))), memory.limits)  # (facts,)
         groups = [[b for b, at in zip(facts, labels) if at == label] for label in range(-1, labels.max() + 1)]
-        for draft in memory.backend.induce([g for g in groups[1:] if g], groups[0], known):
+        for draft in memory.backend.induce(memory, [g for g in groups[1:] if g], groups[0], known):
             id_ = draft.known or "s" + digest(person, draft.domain, draft.text)
             if id_ not in schemas or schemas[id_].status == "withdrawn":
                 if len(draft.evidence) < 2:
@@ -893,7 +898,7 @@ class LLM:
                 claim.until = claim.until or head.until
                 claim.text = f"{head.text}; {claim.text}" if op == "REFINE" else claim.text
 
-    def induce(self, clusters, noise, known):
+    def induce(self, memory, clusters, noise, known):
         """Every cluster with a fact that no schema cites yet, and the facts in no cluster, in portions."""
         cited = {i for s in known for i in (*s.evidence, *s.against)}
         groups = [g[:30] for g in clusters] + [noise[i:i + 30] for i in range(0, len(noise), 30)]
@@ -913,8 +918,8 @@ class LLM:
             return drafts
         lines = "\n".join(f"[{s.id}] {s.domain}: {s.text}" for s in known)
         prompts = [INDUCE.format(person=g[0].slot[0], facts="\n".join(
-            f"[{b.id}] {b.t_event[:10]} {b.text}" for b in g)) + (KNOWN.format(known=lines) if known else "")
-            for g in groups]
+            f"[{b.id}] {b.t_event[:10]} {memory.said(b)}" for b in g)) for g in groups]
+        prompts = [p + KNOWN.format(known=lines) if known else p for p in prompts]
         checks = [functools.partial(check, {b.id for b in g}) for g in groups]
         return [draft for found in self.ask("induce", prompts, checks) for draft in found or []]
 
@@ -1197,7 +1202,7 @@ class Rules:
     def reconcile(self, memory, claims):
         """Nothing to do: a frame names its slot."""
 
-    def induce(self, clusters, noise, known):
+    def induce(self, memory, clusters, noise, known):
         """At most one draft a cluster: the domain and the behaviour that most of its sentences show."""
         pool, ids = [b for group in [*clusters, noise] for b in group], {s.text: s.id for s in known}
         for cluster in clusters:  # facts in no cluster give none: what DBSCAN finds decides

@@ -63,7 +63,7 @@ STORY = """
 QUESTIONS = """
 current|Which city do I live in now?|bristol
 current|Which company do I work for now?|halden
-current|Do I still play the cello?|no/gave up/quit/stopped/given up
+current|Do I still play the cello?|^no[,.]/no longer/gave up/quit/stopped/given up
 past|Which city did I live in before Bristol?|leeds
 past|Which company did I work for before Halden Optics?|norvane
 why|Why did I move to Bristol?|closed
@@ -173,7 +173,8 @@ def main():
     names = list(dict.fromkeys(kind for kind, *_ in questions))
     print("\n| memory | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
     for name, kinds in table.items():
-        print(f"| {name} | " + " | ".join(f"{sum(v)}/{len(v)}" for v in (kinds[k] for k in names)) + " |")
+        cells = [f"{sum(kinds[k])}/{len(kinds[k])}" if kinds[k] else "-" for k in names]
+        print(f"| {name} | " + " | ".join(cells) + " |")
     print(f"calls {real.backend.tally['calls']}, failures after all tries {dict(+real.backend.failures)}")
 
 

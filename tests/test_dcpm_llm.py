@@ -267,6 +267,15 @@ def test_habits_in_other_words_collide_into_one_core():
     assert len(spans) == 9 and "I did the oven thing, timetable" in spans
 
 
+def test_the_night_reads_what_was_said_and_not_the_models_version():
+    def bland(prompt):
+        found = read(prompt)
+        found["claims"][0]["text"] = f"The user did the thing {crc32(prompt.encode())}."
+        return found
+    memory, _ = night(extract=bland)
+    assert len(memory.schemas) == 5 and len(memory.cores) == 1
+
+
 def test_a_second_night_asks_nothing_even_if_the_model_would_find_more():
     memory, chat = night()
     before, calls = snapshot(memory), memory.backend.tally["calls"]

@@ -193,7 +193,7 @@ class Toy(dcpm.Rules):
     def __init__(self, **behaviour):
         self.behaviour = behaviour
 
-    def induce(self, clusters, noise, known):
+    def induce(self, memory, clusters, noise, known):
         facts = [b for group in (*clusters, noise) for b in group]
         for domain in dict.fromkeys(b.text.split()[0] for b in facts):
             of = [b for b in facts if b.text.split()[0] == domain]
