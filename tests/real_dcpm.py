@@ -149,7 +149,8 @@ def answers(model, memory, questions, conditions):
                 found = re.findall(r"\(([a-d])\)", reply) or re.findall(r"\b([a-d])\b", reply)
                 right = set(found) == {gold}
             else:
-                right = any(re.search(g, reply, re.S) for g in gold.split("/"))
+                right = (any(re.search(g, reply, re.S) for g in gold.split("/"))
+                         and ("no information" in gold or "no information" not in reply))
             out[name][kind].append(int(right))
             print(f"   {name}: {'+' if right else '-'} {question[:60]} -> {' '.join(reply.split())[:90]}")
     return out
