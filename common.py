@@ -250,6 +250,7 @@ def load_pretrained(name: str, kind, dtype):
 
 
 def load_model(name: str, device, trainable: bool = True):
+    """Hugging Face id or folder -> (model, tokenizer), to be trained (fp32) or frozen."""
     bf16 = mixed_precision(device)
     # Frozen on a CPU it keeps the type it was saved in, if the CPU has instructions for bf16: without them a
     # prompt takes eight times as long as in fp32.
@@ -471,7 +472,7 @@ def run_tools(tool: Tool, calls: list[dict]) -> list[tuple[str, str]]:
 
 
 # ------------------------------------------------------------------------------------------ prompts
-@functools.lru_cache(maxsize=64)  # for a demonstration it costs as much as the rest
+@functools.lru_cache(maxsize=64)  # the vocabulary is copied at each call
 def end_of_turn(tok) -> int:
     """Id that ends an assistant's turn. Qwen3-Base ends texts with another token, but turns with this one."""
     return tok.get_vocab().get("<|im_end|>", tok.eos_token_id)

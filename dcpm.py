@@ -154,10 +154,10 @@ class Store:
         self.people = []  # who speaks here, not the assistant: System2 may generalise about them
         self.docs = []  # (id, text, place of the turn before it or -1): what can be searched
         self.last_turn = {}  # session -> place of its last turn in docs
-        for op, ids, said, reason, data in log:
-            self.commit(op, ids, said, reason, **data)
+        for op, ids, turn_id, reason, data in log:
+            self.commit(op, ids, turn_id, reason, **data)
 
-    def commit(self, op, ids=(), said="", reason="", **data):
+    def commit(self, op, ids=(), turn_id="", reason="", **data):
         """Apply one event, then log it: the only way that anything here changes."""
         if op == "RAW":
             turn = Turn(*data["turn"])
@@ -182,7 +182,7 @@ class Store:
         elif op != "FAILED":  # which only records that a model gave nothing usable
             self._insert(Belief(**data["belief"]))
         self.fresh = op != "SLEEP"
-        self.log.append(Event(op, list(ids), said, reason, data))
+        self.log.append(Event(op, list(ids), turn_id, reason, data))
 
     def _insert(self, belief):
         """Put a belief between its neighbours: all four links or none, and never a second head."""
@@ -523,7 +523,7 @@ def plan_cores(memory, now, schemas, cores, fresh):
     """What the sweep finds joins a known core or becomes one, and every core is recounted."""
     for person in memory.people if fresh else ():
         stable = [s for _, s in sorted(schemas.items()) if s.subject == person and s.status == "stable"]
-        said = [[memory.beliefs[i].text for i in s.evidence if holds(memory.beliefs[i])] for s in stable]
+        said = [[memory.said(b) for i in s.evidence if holds(b := memory.beliefs[i])] for s in stable]
         for schema, text in zip(stable, memory.backend.strip(stable, said)):
             schema.behaviour = text
         stable = [s for s in stable if s.behaviour]
@@ -850,8 +850,8 @@ class LLM:
         claims = []
         for c in data["claims"]:
             value, polarity, attribute = str(c["value"]), c.get("polarity", 1), c.get("attribute")
-            said = re.findall(r"\w+", str(c["quote"]))
-            at = said and re.search(r"\W+".join(said), turn.text, re.I)  # only its punctuation may differ
+            quote = re.findall(r"\w+", str(c["quote"]))
+            at = quote and re.search(r"\W+".join(quote), turn.text, re.I)  # only its punctuation may differ
             if not at or not key(value) or polarity not in (1, 0, -1):
                 continue
             subject = str(c.get("subject") or turn.speaker).lower().removeprefix("the ")

@@ -466,6 +466,8 @@ def fitted(session_cache):
 def test_stopped_and_resumed_equals_never_stopped_and_nothing_is_lost(tmp_path, refused, capsys, monkeypatch):
     whole, parts, step = tmp_path / "whole", tmp_path / "parts", common.Run.step
     flags = ["--steps", "4", "--save_every", "0", "--eval_every", "2", *SMALL]
+    calls, evaluate = [], common.evaluate
+    monkeypatch.setattr(common, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
 
     def interrupted(run, number, *rest, **more):  # Ctrl-C in the third step ends it and saves
         step(run, number, *rest, **more)
@@ -473,6 +475,7 @@ def test_stopped_and_resumed_equals_never_stopped_and_nothing_is_lost(tmp_path, 
             signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(common.Run, "step", interrupted)
     common.main(["--out", str(whole), *flags])
+    assert len(calls) == 3  # before, and after steps 2 and 4: the last one is not done twice
     with pytest.raises(SystemExit) as stop:
         common.main(["--out", str(parts), *flags])
     assert stop.value.code == 130 and "stopped after step 3" in capsys.readouterr().out

@@ -164,6 +164,13 @@ def test_the_reconciler_is_shown_whole_chains_and_one_operation_a_node_counts():
     assert sorted(len(memory.trail(slot)) for slot in memory.heads) == [1, 4] and memory.check() == []
 
 
+def test_single_slots_are_not_offered_to_the_reconciler():
+    chat = Script(extract=[claims(("residence", "Paris", "I live in Paris")),
+                           claims(("event", "living", "I live in Paris by the river"))])
+    tell(chat, "I live in Paris.", "I live in Paris by the river.")
+    assert not chat.prompts("reconcile")
+
+
 def test_plans_and_past_dates_are_read_from_the_quote():
     chat = Script(
         extract=[claims(("plan", "fly to Rome", "fly to Rome on 2024-06-10"), ("employer", "X", "X in 2021")),

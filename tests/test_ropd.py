@@ -398,6 +398,14 @@ def test_training_with_a_server_as_teacher_and_judge(tiny, tmp_path):
     assert sum(body["model"] == "t" for body in asked) >= 48 and len(again) < 10
 
 
+def test_a_dead_server_leaves_the_earlier_run_alone(tiny, tmp_path, refused, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    monkeypatch.setattr(ropd, "chat_backend", partial(common.chat_backend, sleep=lambda seconds: None))
+    config = quick(tmp_path, judge="http://127.0.0.1:9/v1", overwrite=True)
+    assert "gives no reply" in refused(ropd.train, config)
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
 # ------------------------------------------------------------------------------------------- command line
 def test_compare_and_explain(tiny, tmp_path, capsys):
     flags = ["--eval_tasks", "4", "--max_new_tokens", "8", "--prompts_per_step", "2", "--group_size", "2"]
@@ -417,10 +425,8 @@ def test_compare_and_explain(tiny, tmp_path, capsys):
     ("--std --method sft", "would change nothing"), ("--std --compare", "would change nothing"),
     ("--teacher http://x --teacher_model x --method grpo", "would change nothing"),
     ("--compare --method judge", "leave --method out"), ("--compare --explain", "--explain"),
-    ("--teacher_answers 0", "--teacher_answers"), ("--reply_tokens 0", "--reply_tokens"),
-    ("--judge http://127.0.0.1:9/v1", "gives no reply")])  # nobody listens there
-def test_refusals(flags, words, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(ropd, "chat_backend", partial(common.chat_backend, sleep=lambda seconds: None))
+    ("--teacher_answers 0", "--teacher_answers"), ("--reply_tokens 0", "--reply_tokens")])
+def test_refusals(flags, words, tmp_path, refused):
     data, out = tmp_path / "d.jsonl", tmp_path / "r"
     data.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(30)))
     argv = [str(data) if word == "DATA" else word for word in flags.split()]

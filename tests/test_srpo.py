@@ -260,8 +260,9 @@ def run(folder, *flags):
 
 
 @pytest.mark.parametrize("flags", [
-    "--method sdpo --distill right --ema 0", "--method grpo", "--beta 2 --distill all --ema 1"])
-def test_the_log_of_a_run(tmp_path, flags):  # every method runs in --compare, below
+    "--method sdpo --distill right --ema 0", "--method sdpo --distill all --ema 1", "--method grpo",
+    "--method mix", "--method srpo_no_weight --micro_batch 5", "--beta 2 --distill all"])
+def test_every_method_runs(tmp_path, flags):
     summary, steps = run(tmp_path / "r", "--steps", "2", *flags.split())
     assert len(steps) == 2 and 0 <= summary["accuracy_after"] <= 1 and summary["skipped_steps"] == 0
     for r in steps:
