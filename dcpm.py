@@ -16,18 +16,7 @@
 In the paper: 2.1 `Turn` to `Store`; 2.2 `decide`, `write_claims`; 2.3 `two_stage_dbscan`, `plan_schemas`,
 `collisions`, `plan_cores`; 2.4 `search`, `recall`. What needs language is a backend of a few jobs: `LLM`, or
 `Rules` for a controlled English. One `Memory` holds one user; for many, keep a dictionary of memories.
-
-| the paper (partly as its authors' code has it) | here |
-| --- | --- |
-| a language model extracts and reconciles | rules; with --backend llm it proposes, the same table decides |
-| a dense encoder, thresholds unknown | hashed words and concepts, or --encoder; LIMITS for each |
-| a refinement shadows the old text, unlinked | it stays linked, as "refine" |
-| list-valued links; schemas never revisited | single links that cannot fork; support recounted every night |
-| a claim told late becomes the head | spliced in by event time; the head stays |
-
-Left out: identity as a layer of its own (a taste is a fact like others), session summaries, cores above
-cores, merging near-twin schemas, vector stores, intentions marked fulfilled, erasure ("forget" suppresses).
-The memory is saved as its audit log.
+Where this differs from the paper and what it leaves out stands in the README.
 """
 import argparse
 import copy
@@ -687,40 +676,9 @@ def as_of(store, slot, t):
 
 
 # ------------------------------------------------------------------ the memory
-def check(store):
-    """The broken invariants, as sentences; those about schemas hold after each sleep."""
-    b, found = store.beliefs, []  # [(broken?, sentence)]
-    for n in b.values():
-        p, after, where = b.get(n.prev), b.get(n.next), [(store.turns.get(s[0]), *s[1:3]) for s in n.sources]
-        found += [
-            ((p and p.next != n.id) or (after and after.prev != n.id), f"links of {n.id} are not mutual"),
-            (p and n.link_kind == "supersede" and same(p, n), f"{n.id} supersedes an equal claim"),
-            (p and p.t_event > n.t_event, f"{n.id} is older than its predecessor"),
-            ((n.status == "active") != (not n.next and n.status != "suppressed"), f"{n.id} is {n.status}"),
-            (not where or not all(turn and 0 <= start < end <= len(turn.text) for turn, start, end in where),
-             f"{n.id} has no source, or one outside its turn")]
-    for slot, count in Counter(n.slot for n in b.values()).items():
-        head = store.head(slot)
-        found.append((not head or head.next or len(store.chain(slot)) != count, f"{slot} is not one chain"))
-    for n in () if store.fresh else [n for kind in KINDS for n in getattr(store, kind).values()]:
-        live = [b[i] for i in n.evidence if holds(b[i])]
-        weak = len({x.slot for x in live}) < 3 or len(store.sessions(live)) < 2
-        found += [(any(b[i].status == "suppressed" for i in n.evidence), f"{n.id} cites something forgotten"),
-                  (n.status == "stable" and weak, f"{n.id} is stable without support")]
-    for c in store.cores.values():
-        members = [store.schemas[m] for m in c.members]
-        domains = {m.domain for m in members if m.status == "stable"}
-        union = sorted({i for m in members for i in m.evidence})
-        found += [(c.status == "stable" and len(domains) < 2, f"core {c.id} does not rest on two domains"),
-                  (c.status != "withdrawn" and c.evidence != union, f"evidence of core {c.id} is no union")]
-    again = vars(Store(store.log))
-    found.append((any(getattr(store, k) != v for k, v in again.items()), "replaying the log gives another"))
-    return [sentence for broken, sentence in found if broken]
-
-
 class Memory(Store):
     """A store with a backend, Rules() or LLM(chat), and an encoder: "words", a folder or a hub id."""
-    sleep, recall, as_of, check, trail = sleep, recall, as_of, check, Store.chain  # functions as methods
+    sleep, recall, as_of, trail = sleep, recall, as_of, Store.chain  # functions as methods
 
     def __init__(self, backend=None, encoder="words", log=()):
         super().__init__(log)
@@ -1283,8 +1241,7 @@ def tell_story(memory):
             for belief in schema["because"][:2]:
                 for source in belief["because"]:
                     print(f"     because [{belief['id']}] {source['t']}: “{source['text']}”")
-    print(f"\n   broken invariants: {memory.check() or 'none'}\n\n"
-          "What is each mechanism worth?         python tests/bench_dcpm.py\n"
+    print("\nWhat is each mechanism worth?         python tests/bench_dcpm.py\n"
           "LoCoMo, LongMemEval, PersonaMem:      python tests/bench_dcpm_corpora.py --data FILE")
 
 

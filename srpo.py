@@ -317,11 +317,12 @@ def load_student(config, device):
 
 
 def gates(student, tok, tasks, config) -> dict:
-    """Can this model read a solution? If not, its self-teacher is noise. Prints accuracies at T = 1."""
+    """Can this model read a solution? If not, its self-teacher is noise. Prints accuracies at --temperature."""
     generator = torch.Generator(student.device).manual_seed(4321)
 
     def attempt(tasks):
-        out = common.rollout(student, tok, tasks, config.group_size, generator=generator, **config.sampling)
+        out = common.rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
+                             generator=generator, **config.sampling)
         return out, common.rewards(out, tasks).view(len(tasks), -1)                 # (tasks, group_size)
 
     rollouts, reward = attempt(tasks)

@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dcpm  # noqa: E402
+from invariants import check  # noqa: E402
 
 STORY = """
 2024-01-08|I moved to Leeds last month. I know nobody here yet, but the flat is bright.
@@ -107,7 +108,7 @@ def tell(name, memory):
     gate = memory.gate.get("user", np.zeros(0))  # the cosines of V_beh
     print(f"schemas {dict(count(memory.schemas))}, cores {dict(count(memory.cores))}, pairs alike "
           f"{(gate > memory.limits.alike).sum()} of {len(gate)}, "
-          f"broken invariants {memory.check() or 'none'}")
+          f"broken invariants {check(memory) or 'none'}")
     for node in [*memory.schemas.values(), *memory.cores.values(), *memory.intentions.values()]:
         print(f"   [{node.id}] {node.text} ({node.status}; {getattr(node, 'behaviour', '')[:90]})")
     return memory

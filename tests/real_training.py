@@ -1,11 +1,15 @@
 """By hand: a pretrained language model of 135 M parameters, trained by srpo.py's own loop on a CPU.
 
-    python tests/real_training.py --model HuggingFaceTB/SmolLM2-135M-Instruct [--steps 30] [--seeds 2]
+    python tests/real_training.py --model HuggingFaceTB/SmolLM2-135M-Instruct [--steps 20] [--seeds 1]
 
 The problem: which is the largest of five two-digit numbers? Two solved ones stand in the prompt. GRPO, SDPO
 and SRPO at the paper's ratio of learning rates, 1 : 10 : 5, and GRPO once more at SRPO's rate, 4 problems x 8
-rollouts a step. Prints the gates, a table, and the share solved as training goes on. Minutes a step on
+rollouts a step. Prints the gates, a table, and the share solved as training goes on. A minute a step on
 a laptop without a GPU; what is finished is taken from --out when the command is repeated.
+
+So small a model does not understand the teacher's prompt of the paper ("Correct solution: ... Now answer
+yourself": gate .10). It does understand a solution in brackets, which is what the teacher gets here, and
+at temperature 1 every answer of six tokens has a good chance to go astray: rollouts are drawn at 0.7.
 """
 import argparse
 import json
@@ -27,7 +31,7 @@ def write_problems(path, count=2000):
     """Two solved problems, then the one to solve, as chat messages: without them the model talks."""
     rng, rows = random.Random(0), []
     for _ in range(count):
-        talk = []
+        talk = [{"role": "system", "content": "Answer in \\boxed{}."}]  # shorter than the template's own
         for _ in range(3):
             numbers = rng.sample(range(10, 100), 5)
             talk += [{"role": "user", "content": f"Largest of {', '.join(map(str, numbers))}?"},
@@ -40,17 +44,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face id or folder of a small chat model")
     parser.add_argument("--out", default="runs/real_training")
-    parser.add_argument("--steps", default="30")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--threads", default="2")
+    parser.add_argument("--steps", default="20")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--threads", default="1")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_problems(out / "problems.jsonl")
+    srpo.HEADING, srpo.CLOSING = " (", ")"
     config = common.parse(srpo.Config, [
         "--model", args.model, "--data", str(out / "problems.jsonl"), "--out", str(out), "--save_every", "0",
         "--steps", args.steps, "--threads", args.threads, "--prompts_per_step", "4", "--group_size", "8",
-        "--max_new_tokens", "12", "--eval_tasks", "128", "--eval_every", "0", "--gate_tasks", "16"])
+        "--max_new_tokens", "12", "--eval_tasks", "64", "--eval_every", "0", "--gate_tasks", "16",
+        "--temperature", "0.7"])
     found = {name: [] for name in CELLS}
     for seed in range(args.seeds):  # seed by seed: a table that is cut short is a table of fewer seeds
         config.seed, config.seeds = seed, 1

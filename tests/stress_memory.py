@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dcpm
+from invariants import check
 
 CITIES, THINGS = ("Paris", "Berlin", "Rome", "Lima"), ("coffee", "tea", "jazz", "rowing")
 SAID = ("I moved to {c}.", "I live in {c}.", "I no longer live in {c}.", "My sister moved to {c}.",
@@ -153,7 +154,7 @@ def run(histories, seed=0, length=40):
     met = Counter()
     for n in range(histories):
         for memory, (what, detail, fine) in random_history(random.Random(f"{seed}-{n}"), length):
-            problems = memory.check() + leaks(memory) + ([] if fine else [f"{what} broke its promise"])
+            problems = check(memory) + leaks(memory) + ([] if fine else [f"{what} broke its promise"])
             assert not problems, f"history {seed}-{n}, after {what} {detail!r}: {problems[:3]}"
             met.update({(kind, n["status"]) for kind in ("schemas", "cores", "intentions")
                         for n in map(asdict, getattr(memory, kind).values())} | {"operations"})

@@ -10,6 +10,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import dcpm
 from dcpm import DcpmError, Memory
+from invariants import check
 from stress_memory import put_turn, snapshot
 
 NOW = "2024-06-01"
@@ -123,7 +124,7 @@ def test_08_refinement_is_not_a_revision():
 def test_09_what_is_told_late_does_not_become_the_head():
     memory = tell("I work at Acme.", "Back in 2023 I worked at Initech.")
     assert values(memory, WORK) == ["Initech", "Acme"] and ops(memory) == ["ADD", "SPLICE"]
-    assert "Acme (2024-05-01, current)" in ask(memory, "Where do I work?") and memory.check() == []
+    assert "Acme (2024-05-01, current)" in ask(memory, "Where do I work?") and check(memory) == []
 
 
 def test_10_somebody_else_has_chains_of_their_own():
@@ -157,7 +158,7 @@ def test_15_what_is_to_be_forgotten_is_kept_and_never_shown():
     memory = tell("I have migraines.", "I live in Paris.", "Please forget that I have migraines.",
                   "I have migraines.")
     (node,) = memory.trail(("user", "condition", "migrain"))
-    assert node.status == "suppressed" and memory.check() == []
+    assert node.status == "suppressed" and check(memory) == []
     context = memory.recall("What do you know about my migraines and where I live?", "2024-06-01")
     assert "igraine" not in context.text + memory.dump() and "Paris" in context.text
     assert memory.why(node.id)["text"] == "(forgotten on request)"
@@ -174,7 +175,7 @@ def test_17_20_a_habit_of_three_domains_is_a_core_that_can_say_why():
     members = [schema(memory, domain) for domain in PLANS]
     assert sorted(core.members) == sorted(m.id for m in members) and core.status == "stable"
     assert [s.status for s in memory.schemas.values()] == ["stable"] * 5
-    assert core.evidence == sorted({i for m in members for i in m.evidence}) and memory.check() == []
+    assert core.evidence == sorted({i for m in members for i in m.evidence}) and check(memory) == []
     spans = [s for m in memory.why(core.id)["because"] for b in m["because"] for s in b["because"]]
     assert len(spans) == 9 and all(s["text"] in memory.turns[s["id"]].text for s in spans)
     found = memory.recall("How should I set up my new aquarium?", "2024-06-02")  # a domain that never came up
@@ -209,7 +210,7 @@ def test_21_support_falls_away_and_the_opposite_is_linked():
     retract(memory, schema(memory, "travel").evidence, "2024-09-01")
     memory.sleep("2024-09-02")
     assert (memory.cores[core].status, memory.cores[core].confidence) == ("dormant", 0.0)
-    assert len(memory.schemas) == 6 and memory.check() == []
+    assert len(memory.schemas) == 6 and check(memory) == []
 
 
 @pytest.mark.parametrize("opposite, confidence, status", [(1, 0.6667, "stable"), (2, 0.5714, "contested"),
@@ -266,7 +267,7 @@ def test_26_a_loaded_memory_reads_the_same(tmp_path):
     assert snapshot(again) == snapshot(memory)
     assert again.recall(*question) == memory.recall(*question)
     again.observe("I moved to Berlin.", "2024-06-03")
-    assert values(again) == ["Paris", "Berlin"] and again.check() == []
+    assert values(again) == ["Paris", "Berlin"] and check(again) == []
     (tmp_path / "cut.json").write_text((tmp_path / "m.json").read_text()[:200])
     for bad in ("cut.json", "none.json"):
         with pytest.raises(DcpmError, match="not a memory"):
@@ -344,7 +345,7 @@ def test_schemas_cores_and_plans_on_something_forgotten_are_withdrawn():
         assert memory.why(plan)["text"] == memory.why(core)["text"] == "(forgotten on request)"
         memory.sleep("2024-06-02")
     assert memory.schemas[found.id].status == memory.intentions[plan].status == "withdrawn"
-    assert memory.check() == []
+    assert check(memory) == []
 
 
 def test_a_name_is_part_of_the_subject():

@@ -13,6 +13,7 @@ import bench_dcpm as bench
 import bench_dcpm_corpora as corpora
 import dcpm
 from conftest import Server
+from invariants import check
 from stress_memory import snapshot
 
 LOCOMO = [{"sample_id": "two", "conversation": {
@@ -40,7 +41,7 @@ def test_locomo(tmp_path, capsys):
     assert [q.gold for q in sample.questions] == [{"D2:2", "D1:1"}, {"D1:1"}, set()]
     memory = dcpm.Memory()
     corpora.ingest(sample, memory, 3)
-    assert memory.check() == [] and memory.head(("Ada", "residence", None)).value == "Lima"
+    assert check(memory) == [] and memory.head(("Ada", "residence", None)).value == "Lima"
     assert "GOLD" not in snapshot(memory)
     assert ("multi-hop", "TF-IDF", [1, 1, 1]) in corpora.evidence_recall(sample, memory)
     corpora.main(["--data", str(path), "--sessions", "1"])

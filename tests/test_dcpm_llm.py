@@ -12,6 +12,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import dcpm
 from dcpm import LLM, Memory
+from invariants import check
 from stress_memory import snapshot
 
 HOME = ("user", "residence", None)
@@ -62,7 +63,7 @@ def test_good_answers_go_through_the_same_chains():
     memory = tell(chat, "Well, I live in Paris, you know.", "Moved to Berlin!")
     paris, berlin = memory.trail(HOME)
     assert (paris.value, berlin.value, berlin.link_kind) == ("Paris", "Berlin", "supersede")
-    assert memory.why(paris.id)["because"][0]["text"] == "I live in Paris" and memory.check() == []
+    assert memory.why(paris.id)["because"][0]["text"] == "I live in Paris" and check(memory) == []
     assert memory.answer("Where do I live?", "2024-06-01")[0] == "Berlin" and not +memory.backend.failures
     assert "Berlin (2024-05-02, current)" in chat.prompts("answer")[0]
     assert memory.answer("Why?", "2024-06-01")[0] == "(no answer)" and memory.backend.failures["answer"] == 1
@@ -88,7 +89,7 @@ def test_all_turns_of_a_call_are_read_in_one_batch_with_what_was_said_before():
     chat = Script(extract=read, reconcile=[{"operations": []}])
     memory = Memory(LLM(chat))
     ops = memory.ingest([(f"This is message {i}.", "2024-05-01", "s", "user") for i in range(5)])
-    assert chat.batches[0] == 5 and [len(o) for o in ops] == [1] * 5 and memory.check() == []
+    assert chat.batches[0] == 5 and [len(o) for o in ops] == [1] * 5 and check(memory) == []
     assert "message 2" in chat.prompts("extract")[3].split("New message")[0]
     assert all(f"message {i}" not in chat.prompts("extract")[3] for i in (0, 4))  # the last two, no more
     memory.observe("A new day.", "2024-05-02", "another session")
@@ -103,7 +104,7 @@ CUT = json.dumps(claims(("residence", "Paris", "I live in Paris")))[:-20]
 def test_unusable_answers_keep_the_turn_and_count_the_failure(bad):
     chat = Script(extract=[bad])
     memory = tell(chat, "I live in Paris.")
-    assert not memory.beliefs and memory.log[-1].op == "FAILED" and memory.check() == []
+    assert not memory.beliefs and memory.log[-1].op == "FAILED" and check(memory) == []
     assert memory.backend.failures["extract"] == 1
     assert len(chat.seen) == memory.backend.tally["calls"] == (1 if bad is None else 3)
     assert "Paris" in memory.recall("Where in Paris?", "2024-06-01").text  # the raw turn can still be found
@@ -140,7 +141,7 @@ def reconciled(operations):
 def test_the_model_matches_a_claim_to_a_chain(op, chain):
     memory, _ = reconciled([{"item": 0, "op": op, "id": "b1"}])
     (slot,) = memory.heads
-    assert [(b.value, b.link_kind) for b in memory.trail(slot)] == chain and memory.check() == []
+    assert [(b.value, b.link_kind) for b in memory.trail(slot)] == chain and check(memory) == []
 
 
 @pytest.mark.parametrize("wrong", [
@@ -149,7 +150,7 @@ def test_ids_and_operations_that_were_not_offered_are_refused(wrong):
     fine = {"item": 0, "op": "CONFIRM", "id": "b1"}
     memory, chat = reconciled([{**fine, **wrong}] if isinstance(wrong, dict) else wrong)
     assert memory.backend.failures["reconcile"] == 1 and len(chat.prompts("reconcile")) == 3
-    assert len(memory.heads) == 2 and memory.check() == []
+    assert len(memory.heads) == 2 and check(memory) == []
 
 
 def test_the_reconciler_is_shown_whole_chains_and_one_operation_a_node_counts():
@@ -161,7 +162,7 @@ def test_the_reconciler_is_shown_whole_chains_and_one_operation_a_node_counts():
     memory = tell(chat, *said)
     known = chat.prompts("reconcile")[-1].split("New items")[0]
     assert all(s in known for s in said[:3]) and known.count("\n[b") == 1
-    assert sorted(len(memory.trail(slot)) for slot in memory.heads) == [1, 4] and memory.check() == []
+    assert sorted(len(memory.trail(slot)) for slot in memory.heads) == [1, 4] and check(memory) == []
 
 
 def test_single_slots_are_not_offered_to_the_reconciler():
@@ -188,7 +189,7 @@ def test_forgetting_through_the_model_and_without_it():
                            claims(forget=["the", "migraines"]), "nothing usable"])
     memory = tell(chat, "My migraines are back.", "Never mention my migraines again.")
     assert [b.status for b in memory.beliefs.values()] == ["suppressed"]
-    assert "igraine" not in memory.recall("migraines", "2024-06-01").text and memory.check() == []
+    assert "igraine" not in memory.recall("migraines", "2024-06-01").text and check(memory) == []
     tell(chat, "I walked to the old mill.", "Please forget my migraines.", memory=memory)
     assert memory.log[-1].op == "FAILED" and "t4" not in memory.recall("mill", "2024-06-01").ids
     later = chat.prompts("extract")[-1].split("New message")[0]
@@ -264,7 +265,7 @@ def test_habits_in_other_words_collide_into_one_core():
     (core,) = memory.cores.values()
     assert len(memory.schemas) == 5 and all(s.status == "stable" for s in memory.schemas.values())
     assert sorted(memory.schemas[m].domain for m in core.members) == ["kitchen", "office", "rails"]
-    assert core.text == "The user wants no surprises." and memory.check() == []
+    assert core.text == "The user wants no surprises." and check(memory) == []
     assert not +memory.backend.failures
     (prompt,) = chat.prompts("core")
     assert "kitchen" in prompt and "river" not in prompt
@@ -303,7 +304,7 @@ def test_what_is_known_is_extended_and_stripped_once():
     new = memory.schemas[old.id]
     assert len(memory.schemas) == 5 and new.text == old.text
     assert (len(new.evidence), new.confidence) == (4, 0.8333)
-    assert len(chat.prompts("strip")) == asked and len(memory.cores) == 1 and memory.check() == []
+    assert len(chat.prompts("strip")) == asked and len(memory.cores) == 1 and check(memory) == []
 
 
 def test_a_contested_habit_leaves_its_core_and_a_reversed_one_is_linked():
@@ -327,7 +328,7 @@ def test_a_contested_habit_leaves_its_core_and_a_reversed_one_is_linked():
     memory.sleep("2024-06-03")
     (new,) = [s for s in memory.schemas.values() if s.replaces == old.id]
     assert new.status == "stable" and new.replaces == old.id
-    assert new.id not in memory.cores[core].members and memory.check() == []
+    assert new.id not in memory.cores[core].members and check(memory) == []
 
 
 @pytest.mark.parametrize("wrong", [
@@ -335,7 +336,7 @@ def test_a_contested_habit_leaves_its_core_and_a_reversed_one_is_linked():
     {"domain": ""}, {"text": None}, {"evidence": [["b1"]]}, {"evidence": 3}])
 def test_drafts_with_ids_that_were_not_shown_are_refused(wrong):
     memory, _ = night(induce=[{"schemas": [draft(**wrong)]}])
-    assert not memory.schemas and memory.backend.failures["induce"] >= 1 and memory.check() == []
+    assert not memory.schemas and memory.backend.failures["induce"] >= 1 and check(memory) == []
 
 
 @pytest.mark.parametrize("answers, schemas", [
@@ -344,7 +345,7 @@ def test_drafts_with_ids_that_were_not_shown_are_refused(wrong):
     (("core", "{"), 5)])
 def test_cut_empty_and_null_answers_make_nothing_up(answers, schemas):
     memory, _ = night(**{answers[0]: [answers[1]]})
-    assert len(memory.schemas) == schemas and not memory.cores and memory.check() == []
+    assert len(memory.schemas) == schemas and not memory.cores and check(memory) == []
     assert memory.log[-1].op == "SLEEP"
 
 
@@ -355,5 +356,5 @@ def test_a_core_on_something_forgotten_is_withdrawn_and_named_again():
     assert "Because" not in memory.dump() + str(memory.why(core)) + memory.recall("bread", "2024-06-02").text
     memory.sleep("2024-06-02")
     statuses = {c.text: c.status for c in memory.cores.values()}
-    assert statuses["Because of the bread."] == "withdrawn" and memory.check() == []
+    assert statuses["Because of the bread."] == "withdrawn" and check(memory) == []
     assert "bread" not in chat.prompts("core")[-1]

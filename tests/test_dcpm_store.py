@@ -14,6 +14,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import dcpm
 import stress_memory
 from dcpm import Claim, Draft, Memory, embed_words
+from invariants import check
 from stress_memory import put_turn, snapshot
 
 WORDS = dcpm.LIMITS["words"]
@@ -45,7 +46,7 @@ def test_check_notices_damage(hurt, sentence):
     for day, text in enumerate(("I live in Paris.", "I moved to Berlin.", "I moved to Rome."), 1):
         memory.observe(text, f"2024-05-0{day}")
     hurt(memory.beliefs, memory)
-    found = memory.check()
+    found = check(memory)
     assert any(sentence in problem for problem in found) if sentence else found == []
 
 
@@ -58,7 +59,7 @@ def test_odd_texts_are_kept_and_break_nothing():
     for i, text in enumerate(texts):
         memory.observe(text, "2024-05-01", f"s{i}")
     memory.sleep("2024-06-01")
-    assert [t.text for t in memory.turns.values()] == texts and memory.check() == []
+    assert [t.text for t in memory.turns.values()] == texts and check(memory) == []
     assert memory.recall("", "2024-06-01", 0).text == ""
     assert memory.answer("", "2024-06-01")[0] == "I don't know."
 
@@ -232,7 +233,7 @@ def test_a_core_is_as_sure_as_the_second_of_its_domains():
     facts(memory, "cup did not", days=(2,))
     memory.sleep("2024-06-03")
     assert (memory.cores[core.id].status, memory.cores[core.id].confidence) == ("dormant", 0.0)
-    assert memory.check() == []
+    assert check(memory) == []
 
 
 @pytest.mark.parametrize("first, second, winner", [
