@@ -16,7 +16,18 @@
 In the paper: 2.1 `Turn` to `Store`; 2.2 `decide`, `write_claims`; 2.3 `two_stage_dbscan`, `plan_schemas`,
 `collisions`, `plan_cores`; 2.4 `search`, `recall`. What needs language is a backend of a few jobs: `LLM`, or
 `Rules` for a controlled English. One `Memory` holds one user; for many, keep a dictionary of memories.
-Where this differs from the paper and what it leaves out stands in the README.
+
+| the paper (partly as its authors' code has it) | here |
+| --- | --- |
+| a language model extracts and reconciles | rules; with --backend llm it proposes, the same table decides |
+| a dense encoder, thresholds unknown | hashed words and concepts, or --encoder; LIMITS for each |
+| a refinement shadows the old text, unlinked | it stays linked, as "refine" |
+| list-valued links; schemas never revisited | single links that cannot fork; support recounted every night |
+| a claim told late becomes the head | spliced in by event time; the head stays |
+
+Left out: identity as a layer of its own (a taste is a fact like others), session summaries, cores above
+cores, merging near-twin schemas, vector stores, intentions marked fulfilled, erasure ("forget" suppresses).
+The memory is saved as its audit log.
 """
 import argparse
 import copy

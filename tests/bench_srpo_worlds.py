@@ -1,0 +1,79 @@
+"""By hand: two more worlds for srpo.py, each with gates, four methods and --seeds seeds, on srpo.py's own loop.
+
+    python tests/bench_srpo_worlds.py codes|slips [--seeds 3]        some 100 s a cell
+
+codes: success is rare, and a failed rollout is partly right. A problem holds three of 40 code words, each of
+which stands for a shift from 1 to 6 of two digits; the base believes a wrong shift for half of the words.
+slips: seven operations, and a fifth of the base's results are wrong: nothing is to be learnt but care.
+What is finished is taken from runs/worlds when the command is repeated.
+"""
+import functools
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+import srpo
+from common import Task
+
+CELLS = {"grpo 4e-5": {"method": "grpo"}, "grpo 2e-4": {"method": "grpo", "lr": 2e-4},
+         "sdpo 4e-4": {"method": "sdpo"}, "srpo 2e-4": {"method": "srpo"}}
+WORDS = [a + b + c for a in "bdgk" for b in "aeiou" for c in "lr"]
+LOT = random.Random(3)
+TRUTH = {word: LOT.randint(1, 6) for word in WORDS}
+BELIEF = {word: shift if LOT.random() < 0.5 else LOT.choice([s for s in range(1, 7) if s != shift])
+          for word, shift in TRUTH.items()}
+
+
+def shifted(digits, shift):
+    return "".join(str((int(d) + shift) % 10) for d in digits)
+
+
+def code_task(rng) -> Task:
+    words, digits = rng.sample(WORDS, 3), "".join(rng.choices("0123456789", k=2))
+    text = f"Decode {digits} with {' '.join(words)}. Put the last value in \\boxed{{}}."
+    return Task([{"role": "user", "content": text}], shifted(digits, sum(TRUTH[w] for w in words)))
+
+
+def decoded(rng, task: Task, meaning: dict, wrong: float) -> str:
+    """`bal+3=47, ...`; a shift is a random one with probability `wrong`."""
+    _, digits, _, *words = task.messages[0]["content"].split(". Put")[0].split()
+    parts = []
+    for word in words:
+        shift = rng.randint(1, 6) if rng.random() < wrong else meaning[word]
+        digits = shifted(digits, shift)
+        parts.append(f"{word}+{shift}={digits}")
+    return ", ".join(parts) + f". \\boxed{{{digits}}}"
+
+
+@functools.cache
+def code_corpus():
+    tok = common.build_tokenizer(["Decode ", " with ", ", ", ". Put the last value in \\boxed{}.", ". \\boxed{",
+                                  srpo.HEADING, srpo.CLOSING, *WORDS])
+    rng, docs = random.Random(1), []
+    for _ in range(srpo.FIT["documents"]):
+        task, asked, answer = code_task(rng), None, None
+        if rng.random() < srpo.CONTEXT_SHARE:  # the attempt follows the solution; only the attempt carries loss
+            asked = Task(srpo.reprompt(task.messages, decoded(rng, task, TRUTH, 0.0)), task.answer)
+            answer = decoded(rng, task, TRUTH, 0.02)
+        docs.append(common.demonstration(tok, asked or task, answer or decoded(rng, task, BELIEF, 0.2)))
+    return tok, docs
+
+
+def main():
+    world, flags = sys.argv[1], sys.argv[2:]
+    if world == "codes":
+        srpo.small_chain, srpo.corpus = code_task, code_corpus
+    else:
+        srpo.OPERATIONS, srpo.WRONG = (7, 7), 0.2
+    config = common.parse(srpo.Config, ["--compare", "--save_every", "0", "--out", f"runs/worlds/{world}", *flags])
+    found = common.compared(srpo.train, config, CELLS, world)
+    print(common.seed_table(found, {
+        "accuracy_before": "start", "accuracy_after": "T = 1", "accuracy_best": "best", "mean accuracy": "mean",
+        "length_before": "length, start", "length_after": "end", "routed, first": "routed, first",
+        "routed, last": "last"}))
+
+
+if __name__ == "__main__":
+    main()
