@@ -1,4 +1,4 @@
-"""By hand: two more worlds for srpo.py, each with gates, four methods and --seeds seeds, on srpo.py's own loop.
+"""By hand: two more worlds for srpo.py, each with gates and four methods, on srpo.py's own loop.
 
     python tests/bench_srpo_worlds.py codes|slips [--seeds 3]        some 100 s a cell
 
@@ -32,7 +32,7 @@ def shifted(digits, shift):
 
 def code_task(rng) -> Task:
     words, digits = rng.sample(WORDS, 3), "".join(rng.choices("0123456789", k=2))
-    text = f"Decode {digits} with {' '.join(words)}. Put the last value in \\boxed{{}}."
+    text = f"Decode {digits} with {' '.join(words)}{common.ASK}"
     return Task([{"role": "user", "content": text}], shifted(digits, sum(TRUTH[w] for w in words)))
 
 
@@ -49,12 +49,12 @@ def decoded(rng, task: Task, meaning: dict, wrong: float) -> str:
 
 @functools.cache
 def code_corpus():
-    tok = common.build_tokenizer(["Decode ", " with ", ", ", ". Put the last value in \\boxed{}.", ". \\boxed{",
-                                  srpo.HEADING, srpo.CLOSING, *WORDS])
+    tok = common.build_tokenizer(["Decode ", " with ", ", ", common.ASK, ". \\boxed{", srpo.HEADING,
+                                  srpo.CLOSING, *WORDS])
     rng, docs = random.Random(1), []
     for _ in range(srpo.FIT["documents"]):
         task, asked, answer = code_task(rng), None, None
-        if rng.random() < srpo.CONTEXT_SHARE:  # the attempt follows the solution; only the attempt carries loss
+        if rng.random() < srpo.CONTEXT_SHARE:  # follows the solution; only the attempt carries loss
             asked = Task(srpo.reprompt(task.messages, decoded(rng, task, TRUTH, 0.0)), task.answer)
             answer = decoded(rng, task, TRUTH, 0.02)
         docs.append(common.demonstration(tok, asked or task, answer or decoded(rng, task, BELIEF, 0.2)))
@@ -67,12 +67,12 @@ def main():
         srpo.small_chain, srpo.corpus = code_task, code_corpus
     else:
         srpo.OPERATIONS, srpo.WRONG = (7, 7), 0.2
-    config = common.parse(srpo.Config, ["--compare", "--save_every", "0", "--out", f"runs/worlds/{world}", *flags])
+    config = common.parse(srpo.Config, ["--save_every", "0", "--out", f"runs/worlds/{world}", *flags])
     found = common.compared(srpo.train, config, CELLS, world)
     print(common.seed_table(found, {
-        "accuracy_before": "start", "accuracy_after": "T = 1", "accuracy_best": "best", "mean accuracy": "mean",
-        "length_before": "length, start", "length_after": "end", "routed, first": "routed, first",
-        "routed, last": "last"}))
+        "accuracy_before": "start", "accuracy_after": "T = 1", "accuracy_best": "best",
+        "mean accuracy": "mean", "length_before": "length, start", "length_after": "end",
+        "routed, first": "routed, first", "routed, last": "last"}))
 
 
 if __name__ == "__main__":

@@ -193,11 +193,11 @@ def test_sod_learns(tmp_path):
 
 
 def test_compare_runs_every_method(tmp_path, capsys):
-    sod.main(["--compare", "--seeds", "1", "--steps", "2", *SMALL, "--out", str(tmp_path)])
+    sod.main(["--compare", "--seeds", "1", "--steps", "1", *SMALL, "--out", str(tmp_path)])
     out = capsys.readouterr().out
     for method in sod.METHODS:
         records = timeless(tmp_path / f"{method}-s0")
-        assert f"| {method} " in out and sum("eval" not in r for r in records) == 2 * (method != "sft")
+        assert f"| {method} " in out and sum("eval" not in r for r in records) == (method != "sft")
         assert method != "sft" or records[0]["accuracy"] == records[1]["accuracy"]
 
 
@@ -221,7 +221,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_users_command(tmp_path, smaller_fits):
+def test_the_users_command(tmp_path, smaller_fits, monkeypatch):
     """`python sod.py` as a process of its own, from saved models (else it would fit them in full);
     then real data through the python tool."""
     for name, model in zip(("student", "teacher"), smaller_fits):
@@ -229,10 +229,12 @@ def test_the_users_command(tmp_path, smaller_fits):
         tok.save_pretrained(tmp_path / name)
     (tmp_path / "data.jsonl").write_text("\n".join(
         json.dumps({"question": f"What is {i}+1?", "answer": f"#### {i + 1}"}) for i in range(20)))
-    run = [sys.executable, str(ROOT / "sod.py"), "--steps", "2", "--eval_tasks", "4", "--group_size", "2",
-           "--model", "student", "--teacher", "teacher", "--threads", "1"]
-    real = ["--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40"]
-    for flags, folder in (([], "runs/sod-sod-s0/"), ([*real, "--out", "real"], "real/")):
-        result = subprocess.run([*run, *flags], capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        assert all(words in result.stdout for words in ("eval before", "step 2/2", f"wrote {folder}"))
+    flags = ["--steps", "2", "--eval_tasks", "4", "--group_size", "2", "--model", "student", "--teacher",
+             "teacher", "--threads", "1"]
+    result = subprocess.run([sys.executable, str(ROOT / "sod.py"), *flags], capture_output=True, text=True,
+                            cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert all(words in result.stdout for words in ("eval before", "step 2/2", "wrote runs/sod-sod-s0/"))
+    monkeypatch.chdir(tmp_path)
+    sod.main([*flags, "--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real"])
+    assert len(timeless(tmp_path / "real")) == 4
