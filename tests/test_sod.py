@@ -163,7 +163,7 @@ def smaller_fits():
     """Shorter chains, half the fits and little of the teacher's GRPO, once for all runs: the same code."""
     fit, demonstrations, config = common.fit_tiny, sod.demonstrations, sod.Config()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.chain_task, "__defaults__", ((2, 3), 10))
+        patch.setattr(common.chain_task, "__defaults__", ((2, 2), 10))
         patch.setattr(common, "fit_tiny", lambda *args, steps, **rest: fit(*args, steps=steps // 2, **rest))
         patch.setattr(sod, "demonstrations",
                       lambda tok, n, *args, **rest: demonstrations(tok, n // 2, *args, **rest))
@@ -188,7 +188,7 @@ def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch):
 
 
 def test_sod_learns(tmp_path):
-    summary = sod.train(sod.Config(steps=40, eval_tasks=150, show_every=0, out=str(tmp_path / "run")))
+    summary = sod.train(sod.Config(steps=30, eval_tasks=100, show_every=0, out=str(tmp_path / "run")))
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
 
 
