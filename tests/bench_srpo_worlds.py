@@ -3,12 +3,13 @@
     python tests/bench_srpo_worlds.py codes|slips [--seeds 3]        some 100 s a cell
 
 codes: success is rare, and a failed rollout is partly right. A problem holds three of 40 code words, each of
-which stands for a shift from 1 to 6 of two digits; the base believes a wrong shift for half of the words.
+which stands for a shift from 1 to 6 of its digit; the base believes a wrong shift for half of the words.
 slips: seven operations, and a fifth of the base's results are wrong: nothing is to be learnt but care.
 What is finished is taken from runs/worlds when the command is repeated.
 """
 import functools
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -26,30 +27,27 @@ BELIEF = {word: shift if LOT.random() < 0.5 else LOT.choice([s for s in range(1,
           for word, shift in TRUTH.items()}
 
 
-def shifted(digits, shift):
-    return "".join(str((int(d) + shift) % 10) for d in digits)
-
-
 def code_task(rng) -> Task:
-    words, digits = rng.sample(WORDS, 3), "".join(rng.choices("0123456789", k=2))
-    text = f"Decode {digits} with {' '.join(words)}{common.ASK}"
-    return Task([{"role": "user", "content": text}], shifted(digits, sum(TRUTH[w] for w in words)))
+    words, digits = rng.sample(WORDS, 3), rng.choices(range(10), k=3)
+    text = f"Decode {' '.join(f'{w}{d}' for w, d in zip(words, digits))}{common.ASK}"
+    answer = "".join(str((d + TRUTH[w]) % 10) for w, d in zip(words, digits))  # no two errors cancel out
+    return Task([{"role": "user", "content": text}], answer)
 
 
-def decoded(rng, task: Task, meaning: dict, wrong: float) -> str:
-    """`bal+3=47, ...`; a shift is a random one with probability `wrong`."""
-    _, digits, _, *words = task.messages[0]["content"].split(". Put")[0].split()
-    parts = []
-    for word in words:
-        shift = rng.randint(1, 6) if rng.random() < wrong else meaning[word]
-        digits = shifted(digits, shift)
-        parts.append(f"{word}+{shift}={digits}")
-    return ", ".join(parts) + f". \\boxed{{{digits}}}"
+def decoded(rng, task: Task, meaning: dict, wrong: float, doubt: float = 0.0) -> str:
+    """`bal4+3=7, ...`; a shift is a random one with probability `wrong`, else the true one with `doubt`."""
+    parts, results = [], ""
+    for word, digit in re.findall(r"([b-k][aeiou][lr])(\d)", task.messages[0]["content"]):
+        known = TRUTH if rng.random() < doubt else meaning
+        shift = rng.randint(1, 6) if rng.random() < wrong else known[word]
+        results += str((int(digit) + shift) % 10)
+        parts.append(f"{word}{digit}+{shift}={results[-1]}")
+    return ", ".join(parts) + f". \\boxed{{{results}}}"
 
 
 @functools.cache
 def code_corpus():
-    tok = common.build_tokenizer(["Decode ", " with ", ", ", common.ASK, ". \\boxed{", srpo.HEADING,
+    tok = common.build_tokenizer(["Decode ", ", ", common.ASK, ". \\boxed{", srpo.HEADING,
                                   srpo.CLOSING, *WORDS])
     rng, docs = random.Random(1), []
     for _ in range(srpo.FIT["documents"]):
@@ -57,7 +55,8 @@ def code_corpus():
         if rng.random() < srpo.CONTEXT_SHARE:  # follows the solution; only the attempt carries loss
             asked = Task(srpo.reprompt(task.messages, decoded(rng, task, TRUTH, 0.0)), task.answer)
             answer = decoded(rng, task, TRUTH, 0.02)
-        docs.append(common.demonstration(tok, asked or task, answer or decoded(rng, task, BELIEF, 0.2)))
+        answer = answer or decoded(rng, task, BELIEF, 0.3, doubt=0.15)
+        docs.append(common.demonstration(tok, asked or task, answer))
     return tok, docs
 
 
