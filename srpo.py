@@ -317,7 +317,7 @@ def load_student(config, device):
 
 
 def gates(student, tok, tasks, config) -> dict:
-    """Can this model read a solution? If not, its self-teacher is noise. Prints accuracies at --temperature."""
+    """Can this model read a solution? If not, its self-teacher is noise. Prints shares of right answers."""
     generator = torch.Generator(student.device).manual_seed(4321)
 
     def attempt(tasks):

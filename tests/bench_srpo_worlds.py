@@ -1,6 +1,6 @@
 """By hand: two more worlds for srpo.py, each with gates and four methods, on srpo.py's own loop.
 
-    python tests/bench_srpo_worlds.py codes|slips [--seeds 3]        some 100 s a cell
+    python tests/bench_srpo_worlds.py codes|slips [--seeds 3]        some 80 to 160 s a cell
 
 codes: success is rare, and a failed rollout is partly right. A problem holds three of 40 code words, each of
 which stands for a shift from 1 to 6 of its digit; the base believes a wrong shift for half of the words.
@@ -61,11 +61,13 @@ def code_corpus():
 
 
 def main():
-    world, flags = sys.argv[1], sys.argv[2:]
+    world, *flags = sys.argv[1:] or [""]
     if world == "codes":
         srpo.small_chain, srpo.corpus = code_task, code_corpus
-    else:
+    elif world == "slips":
         srpo.OPERATIONS, srpo.WRONG = (7, 7), 0.2
+    else:
+        common.fail(f"there is no world '{world}'; give codes or slips")
     config = common.parse(srpo.Config, ["--save_every", "0", "--out", f"runs/worlds/{world}", *flags])
     found = common.compared(srpo.train, config, CELLS, world)
     print(common.seed_table(found, {

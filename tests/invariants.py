@@ -1,4 +1,4 @@
-"""What holds after every write, and for schemas and cores after every sleep: dcpm.md's invariants as code."""
+"""What must hold in a memory after every write, and for schemas and cores after every sleep."""
 import sys
 from collections import Counter
 from pathlib import Path

@@ -7,9 +7,9 @@ and SRPO at the paper's ratio of learning rates, 1 : 10 : 5, and GRPO once more 
 rollouts a step. Prints the gates, a table, and the share solved as training goes on. A minute a step on
 a laptop without a GPU; what is finished is taken from --out when the command is repeated.
 
-So small a model does not understand the teacher's prompt of the paper ("Correct solution: ... Now answer
-yourself": gate .10). It does understand a solution in brackets, which is what the teacher gets here, and
-at temperature 1 every answer of six tokens has a good chance to go astray: rollouts are drawn at 0.7.
+So small a model does not understand srpo.py's prompt for the teacher (--usual_prompt shows it: see its gate).
+It does understand a solution in brackets, which is what the teacher gets here, and at temperature 1 every
+answer of six tokens has a good chance to go astray: rollouts are drawn at 0.7.
 """
 import argparse
 import json
@@ -47,11 +47,13 @@ def main():
     parser.add_argument("--steps", default="20")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", default="1")
+    parser.add_argument("--usual_prompt", action="store_true", help="show the teacher what srpo.py shows it")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_problems(out / "problems.jsonl")
-    srpo.HEADING, srpo.CLOSING = " (", ")"
+    if not args.usual_prompt:
+        srpo.HEADING, srpo.CLOSING = " (", ")"
     config = common.parse(srpo.Config, [
         "--model", args.model, "--data", str(out / "problems.jsonl"), "--out", str(out), "--save_every", "0",
         "--steps", args.steps, "--threads", args.threads, "--prompts_per_step", "4", "--group_size", "8",
