@@ -221,13 +221,15 @@ class Store:
     def head(self, slot):
         return self.beliefs.get(self.heads.get(tuple(slot)))
 
+    def as_of(self, slot, t):
+        """What held on day `t`: the last node of an event time not after it. None: unknown or forgotten."""
+        node = next((b for b in self.chain(slot)[::-1] if b.t_event[:10] <= t[:10]), None)
+        return node if node and node.status != "suppressed" else None
+
     def said(self, belief):
         """The words in which it was told. System2 reads these: in a model's version all facts begin alike."""
         turn, start, end, _ = next(s for s in belief.sources if self.turns[s[0]].t == belief.t_seen)
         return self.turns[turn].text[start:end]
-
-    def sessions(self, beliefs):
-        return {self.turns[source[0]].session for b in beliefs for source in b.sources}
 
 
 # ------------------------------------------------------------------ one embedding for reading and System2
@@ -447,7 +449,7 @@ def recount(schema, store):
     # confidence = (s + 1) / (s + x + 2): Laplace's rule of succession
     schema.confidence = round((s + 1) / (s + x + 2), 4)
     schema.status = "stable" if schema.confidence >= 0.65 else "contested"
-    if s < 3 or len(store.sessions(live)) < 2:
+    if s < 3 or len({store.turns[source[0]].session for b in live for source in b.sources}) < 2:
         schema.status = "forming" if s >= 2 else "dormant"
 
 
@@ -488,12 +490,10 @@ def collision_groups(collide):
     """Merge what is linked; drop who collides with less than half of the group: merging is transitive."""
     count, labels = connected_components(collide, directed=False)                   # labels: (schemas,)
     for group in (np.flatnonzero(labels == label) for label in range(count)):
-        while len(group) > 1:
-            degree = collide[np.ix_(group, group)].sum(0)                           # (group,)
-            if degree.min() >= (len(group) - 1) / 2:
-                yield group.tolist()
-                break
+        while (degree := collide[np.ix_(group, group)].sum(0)).min() < (len(group) - 1) / 2:  # (group,)
             group = np.delete(group, degree.argmin())
+        if len(group) > 1:
+            yield group.tolist()
 
 
 def sweep(memory, now, cores, stable):
@@ -529,15 +529,14 @@ def plan_cores(memory, now, schemas, cores, fresh):
         stable = [s for s in stable if s.behaviour]
         if len(stable) >= MIN_STABLE:
             sweep(memory, now, cores, stable)
-    for core in cores.values():
+    for core in (core for core in cores.values() if core.status != "withdrawn"):
         core.members = sorted(set(core.members))
         core.evidence = sorted({i for m in core.members for i in schemas[m].evidence})
         # confidence = the second best over domains of (best stable member's): one domain alone proves nothing
         members = sorted((schemas[m] for m in core.members), key=lambda s: s.confidence)
         best = {s.domain: s.confidence for s in members if s.status == "stable"}  # the last, best one stays
-        if core.status != "withdrawn":
-            core.status = "stable" if len(best) >= 2 else "dormant"
-            core.confidence = sorted(best.values())[-2] if len(best) >= 2 else 0.0
+        core.status = "stable" if len(best) >= 2 else "dormant"
+        core.confidence = sorted(best.values())[-2] if len(best) >= 2 else 0.0
 
 
 def plan_intentions(store, now, intentions):
@@ -680,16 +679,10 @@ def recall(memory, question, now, budget=800, schemas=True, sweep=True):
     return Recall(lines, "\n".join(map(str, lines)), [n.id for n in lines])
 
 
-def as_of(store, slot, t):
-    """What held on day `t`: the last node whose event time is not after it. None: not known, or forgotten."""
-    node = next((b for b in store.chain(slot)[::-1] if b.t_event[:10] <= t[:10]), None)
-    return None if node is None or node.status == "suppressed" else node
-
-
 # ------------------------------------------------------------------ the memory
 class Memory(Store):
     """A store with a backend, Rules() or LLM(chat), and an encoder: "words", a folder or a hub id."""
-    sleep, recall, as_of, trail = sleep, recall, as_of, Store.chain  # functions as methods
+    sleep, recall, trail = sleep, recall, Store.chain  # functions as methods
 
     def __init__(self, backend=None, encoder="words", log=()):
         super().__init__(log)
@@ -746,11 +739,11 @@ class Memory(Store):
         node = next((kind[id_] for kind in kinds if id_ in kind), None)
         if node is None:
             raise DcpmError(f"there is no record {id_!r}; recall(...).ids lists the ids you can ask about")
-        cited = getattr(node, "evidence", [])
-        status = {getattr(node, "status", ""), *(self.beliefs[i].status for i in cited)}
-        if id_ in self.hidden or status & {"suppressed", "withdrawn"}:
+        cited = getattr(node, "evidence", None)  # []: a higher node that the night withdrew
+        status = {getattr(node, "status", ""), *(self.beliefs[i].status for i in cited or ())}
+        if id_ in self.hidden or "suppressed" in status or cited == []:
             return {"id": id_, "text": "(forgotten on request)", "because": []}
-        below = [self.why(i) for i in getattr(node, "members", cited)]
+        below = [self.why(i) for i in getattr(node, "members", cited or ())]
         for turn, start, end, _ in getattr(node, "sources", ()):
             said = self.turns[turn].text[start:end]
             if turn in self.hidden and said == self.turns[turn].text:  # a part may be seen, never the whole
@@ -825,13 +818,12 @@ class LLM:
                 continue
             subject = str(c.get("subject") or turn.speaker).lower().removeprefix("the ")
             subject = turn.speaker if subject in ("user", "i", "me", turn.speaker.lower()) else subject
-            first, last = date_window(at[0], turn.t)
-            plan = attribute == "plan" and last >= turn.t[:10]
-            known = attribute in ATTRIBUTES and (plan or attribute != "plan")  # a plan without an end is none
-            claims.append(Claim(
-                attribute if known else "event", value[:200], str(c["text"])[:500], at.span(), subject,
-                polarity, first if last < turn.t[:10] else turn.t, 0.9 if subject == turn.speaker else 0.4,
-                last if plan else ""))
+            t_event, until = read_date(at[0], turn.t)
+            if attribute not in ATTRIBUTES or (attribute == "plan" and not until):
+                attribute = "event"  # a plan without an end is none
+            claims.append(Claim(attribute, value[:200], str(c["text"])[:500], at.span(), subject, polarity,
+                                t_event, 0.9 if subject == turn.speaker else 0.4,
+                                until if attribute == "plan" else ""))
         return claims, [str(f) for f in data.get("forget") or [] if words(str(f))]
 
     def reconcile(self, memory, claims):
@@ -924,10 +916,9 @@ def sentence_encoder(name):
 
     @torch.no_grad()
     def embed(texts):
-        rows = []
-        for text in texts:  # one at a time: there is no padding that would have to be masked
-            batch = tok(text, truncation=True, max_length=256, return_tensors="pt")  # (1, T)
-            rows.append(model(**batch).last_hidden_state[0].mean(0))                # (d,)
+        # one at a time, (1, T): there is no padding that would have to be masked
+        batches = (tok(text, truncation=True, max_length=256, return_tensors="pt") for text in texts)
+        rows = [model(**batch).last_hidden_state[0].mean(0) for batch in batches]   # [(d,)]
         return normalize(torch.stack(rows).numpy())
     return embed
 
@@ -969,12 +960,13 @@ def count_tokens(text):
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
-def date_window(text, today):
-    """First time expression of `text` -> (first day, last day) as ISO strings; without one (today, "")."""
+def read_date(text, told):
+    """-> (since when it is true, until when it is planned), by its first time expression: a past one says
+    when an event was, one still to come when a plan ends; without one (told, "")."""
     match = DATE.search(text)
     if not match:
-        return today, ""
-    first = date.fromisoformat(today[:10])  # of the conversation: by the wall clock old dialogues would rot
+        return told, ""
+    first = date.fromisoformat(told[:10])  # of the conversation: by the wall clock old dialogues would rot
     if match["day"]:
         first = last = first + timedelta({"yesterday": -1, "today": 0, "tomorrow": 1}[match["day"].lower()])
     elif match["week"]:  # Monday to Sunday
@@ -985,9 +977,9 @@ def date_window(text, today):
         try:
             span = np.datetime64(match["iso"] or match["year"] + month)  # a day, a month or a year
         except ValueError:  # 2024-02-31: not a date after all
-            return today, ""
+            return told, ""
         first, last = span.astype("M8[D]"), (span + 1).astype("M8[D]") - 1
-    return str(first), str(last)
+    return (told, str(last)) if str(last) >= told[:10] else (str(first), "")
 
 
 # A row is a pair of opposite poles, each: name | gloss | phrases that show it.
@@ -1124,19 +1116,18 @@ def read_clause(body, me, t):
     if not match or UNSURE.search(full):
         return None
     subject = me if not match["who"] else match["who"] if me == "user" else f"{me}'s {match['who']}"
-    first, last = date_window(full, t)
-    told = dict(text=body, subject=subject, reliability=0.9 if subject == me else 0.4,
-                t_event=first if last < t[:10] else t)  # only a date in the past moves the event
+    t_event, until = read_date(full, t)
+    told = dict(text=body, subject=subject, t_event=t_event, reliability=0.9 if subject == me else 0.4)
     rest, sign = ADVERB.sub("", match["rest"]), 1
     if negated := NEGATOR.match(rest):
         rest, sign = ADVERB.sub("", rest[negated.end():]), -1
-    if last >= t[:10] and (plan := PLAN.match(rest if sign > 0 else f"am {rest}")):
-        return Claim("plan", tidy(plan["v"]), polarity=sign, until=last, **told)
+    if until and (plan := PLAN.match(rest if sign > 0 else f"am {rest}")):
+        return Claim("plan", tidy(plan["v"]), polarity=sign, until=until, **told)
     undated = " ".join(DATE.sub(" ", rest).split())
     for attribute, polarity, pattern in FRAMES if LEAD.match(match["lead"]) else ():
         hit = pattern.match(undated)
         value = tidy(hit["v"]) if hit else ""
-        if hit and hit.groupdict().get("past") and told["t_event"] == t:
+        if hit and hit.groupdict().get("past") and t_event == t:
             continue  # "I lived in Rome" tells no date
         if hit and (key(value) or not polarity):
             return Claim(attribute, value, polarity=polarity * sign, **told)
@@ -1270,7 +1261,7 @@ def memory_parser(description):
     parser.add_argument("--backend", default="rules", choices=["rules", "llm"])
     parser.add_argument("--model", default="", help="llm: a chat model: hub id, folder, or a server's URL")
     parser.add_argument("--model_name", default="", help="llm: the server's name of the model")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="llm: longest reply")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="llm: longest reply")
     return parser
 
 

@@ -24,7 +24,8 @@ def check(store):
         found.append((not head or head.next or len(store.chain(slot)) != count, f"{slot} is not one chain"))
     for n in () if store.fresh else [n for kind in KINDS for n in getattr(store, kind).values()]:
         live = [b[i] for i in n.evidence if holds(b[i])]
-        weak = len({x.slot for x in live}) < 3 or len(store.sessions(live)) < 2
+        sessions = {store.turns[source[0]].session for x in live for source in x.sources}
+        weak = len({x.slot for x in live}) < 3 or len(sessions) < 2
         found += [(any(b[i].status == "suppressed" for i in n.evidence), f"{n.id} cites something forgotten"),
                   (n.status == "stable" and weak, f"{n.id} is stable without support")]
     for c in store.cores.values():
