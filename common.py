@@ -186,8 +186,7 @@ def save(state: dict, path: Path) -> None:
 
 
 def cached(model, key, build: Callable, fresh: bool = False):
-    """Loads `model`'s weights from the cache, or calls `build()`, which trains it in place, and stores them.
-    key: what the weights depend on (anything json can write)."""
+    """Loads `model`'s weights from the cache, or trains it in place by `build()`. key: all they depend on."""
     key = json.dumps([key, model.config.to_dict(), torch.__version__, transformers.__version__], default=str)
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "four-papers"
     path = root / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
@@ -201,14 +200,12 @@ def cached(model, key, build: Callable, fresh: bool = False):
 
 
 def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
-    """Next-token fit of a tiny model on demonstrations; cached. docs: list of (ids, mask), lists of equal
-    length; the loss is on the tokens with mask 1, as in SFT."""
+    """Next-token fit of a tiny model, cached. docs: (ids, mask), lists; the loss is where mask is 1."""
     def build():
         rng, batches = random.Random(seed), []
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-        ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, (steps - s) / steps))
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
         model.train()
-        for _ in progress(range(steps), desc=f"fitting {name}"):
+        for step in progress(range(steps), desc=f"fitting {name}"):
             if not batches:  # documents of similar length share a batch of 32, which halves the padding
                 order = rng.sample(docs, len(docs))
                 pools = [sorted(order[i:i + 512], key=lambda d: len(d[0])) for i in range(0, len(docs), 512)]
@@ -217,20 +214,17 @@ def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0
             ids, mask = (padded(rows, 0) for rows in zip(*batches.pop()))           # (B, T) each
             # Right padding needs no attention mask under causal attention: no real token can look at a pad.
             (-token_logps(model, ids, None, mask).sum() / mask.sum()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()  # after the step: the last gradient must not leak into later training
-            ramp.step()
+            ramp = min((step + 1) / 50, (steps - step) / steps)
+            apply_gradients(model, optimizer, step, lr * ramp, warmup=1)
     return cached(model, ["fit", docs, steps, lr, seed], build, fresh)
 
 
 @functools.cache
 def hub_reachable() -> bool:
     """One request. Without a network the hub's own client would try for a minute."""
-    try:
+    with contextlib.suppress(Exception):  # each version of the hub's client has errors of its own
         return bool(get_session().head(constants.ENDPOINT, timeout=5))
-    except Exception:  # each version of the hub's client has errors of its own
-        return False
+    return False
 
 
 def mixed_precision(device) -> bool:
@@ -252,8 +246,7 @@ def load_pretrained(name: str, kind, dtype):
 def load_model(name: str, device, trainable: bool = True):
     """Hugging Face id or folder -> (model, tokenizer), to be trained (fp32) or frozen."""
     bf16 = mixed_precision(device)
-    # Frozen on a CPU it keeps the type it was saved in, if the CPU has instructions for bf16: without them a
-    # prompt takes eight times as long as in fp32.
+    # Frozen on a CPU it keeps the type it was saved in; without bf16 instructions that is 8 times slower.
     stored = "auto" if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
     # fp32 master weights: bf16 ones would swallow updates of 1e-6
     dtype = torch.float32 if trainable else torch.bfloat16 if bf16 else stored
@@ -346,8 +339,7 @@ def row_to_task(row: dict, where: str) -> Task:
 
 
 def final_answer(text: str) -> str | None:
-    """What a text commits to: the last \\boxed{}, else <answer>, else `#### x`, else the whole text if it is
-    one number or one capital letter; else None."""
+    """The last \\boxed{}, else <answer>, else `#### x`, else the whole text if a number or one capital."""
     text = text.rsplit("</think>", 1)[-1]
     boxed = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # with braces inside, two deep
     number_or_letter = r"\A\s*([A-Z]|[-+$]?[\d.,]*\d%?)\.?\s*\Z"
@@ -358,8 +350,7 @@ def final_answer(text: str) -> str | None:
 
 
 def is_correct(text: str, answer: str) -> bool:
-    """Does `text` commit to `answer`? Numbers lose commas, $, % and trailing zeros, words lose spaces and
-    case, a single letter is exact."""
+    """Numbers are compared without commas, $ and %, words without spaces and case, a letter exactly."""
     def normalise(words):
         plain = re.sub(r"[\s,$%]|\\[ ,!%$]", "", words).rstrip(".")
         with contextlib.suppress(ValueError):
@@ -516,8 +507,7 @@ def tool_message_ids(tok, text: str, thinking: bool = False) -> list[int]:
 
 
 def defused(tok, text: str) -> str:
-    """Text for use inside a prompt: every special token of this tokenizer is broken up, `<|im_end|>` becomes
-    `< |im_end|>`, so that what a model or a server wrote can neither end nor begin a turn."""
+    """Text for a prompt, its special tokens broken up (`< |im_end|>`): it cannot end or begin a turn."""
     for token in [token.content for token in tok.added_tokens_decoder.values() if token.special]:
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
@@ -605,27 +595,20 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
             token, seen, index = token[keep], seen[keep], [index[j] for j in keep]
         new, seen = token[:, None], F.pad(seen, (0, 1), value=1)                            # (n, column + 1)
     used = [x[:, :column + 1].contiguous() for x in (ids, attention, mask, logps, entropy)]     # (B, T) each
-    return pack(tok, rows, start, used)
+    # A row with a turn that never ended was cut in the middle of it.
+    texts = [tok.decode(row.turn) if row.turn else row.text for row in rows]
+    status = [row.status + ["none"] * bool(row.turn) for row in rows]
+    finished = torch.tensor([row.finished for row in rows], device=device)                      # (B,)
+    return Rollouts(*used, start, finished, texts, [step_spans(row) for row in used[2].tolist()], status)
 
 
 def close_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
     """Ends the row's turn; returns the tool call to run, or marks the row as done."""
-    row.text, row.turn = tok.decode(row.turn[:-1], skip_special_tokens=False), []
+    row.text, row.turn = tok.decode(row.turn[:-1]), []
     row.status.append("none")
     call = parse_tool_call(row.text) if tool else None
     row.finished, row.done = call is None, call is None or len(row.status) >= max_turns
     return None if row.done else call
-
-
-def pack(tok, rows: list[Row], prompt_length: int, tensors: list) -> Rollouts:
-    """tensors: ids, attention_mask, mask, logps, entropy, (B, T) each."""
-    for row in rows:
-        if row.turn:  # cut in the middle of a turn
-            row.text = tok.decode(row.turn, skip_special_tokens=False)
-            row.status.append("none")
-    finished = torch.tensor([row.finished for row in rows], device=tensors[0].device)       # (B,)
-    return Rollouts(*tensors, prompt_length, finished, [row.text for row in rows],
-                    [step_spans(mask) for mask in tensors[2].tolist()], [row.status for row in rows])
 
 
 def choose(logits, temperature: float, generator):
@@ -783,14 +766,14 @@ def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_
     return (loss * mask).sum() / (mask.sum() if denominator is None else denominator)
 
 
-def apply_gradients(model, optimizer, step: int, lr: float) -> float:
-    """Clip to norm 1, warm up over 5 steps, update. Returns the norm before clipping; not finite: no step."""
+def apply_gradients(model, optimizer, step: int, lr: float, warmup: int = 5) -> float:
+    """Clip to norm 1, update. Returns the norm before clipping; if that is not finite, there is no step."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 5)
+            group["lr"] = lr * min(1.0, (step + 1) / warmup)
         optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # after the step: the last gradient must not leak into later training
     return norm
 
 
@@ -813,11 +796,10 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
 
 
 def evaluate(model, tok, tasks, **sampling) -> dict:
-    """Accuracy at T = 1 and greedy, each with its standard error over problems; length, share finished.
-    sampling: keyword arguments of `rollout`. The seed is fixed: all methods see the same dice."""
+    """Accuracy with standard error, length, share finished; the seed is fixed: same dice for all methods."""
     n, size = len(tasks), 512 if model.num_parameters() < 1e7 else 32  # rows at once, for the KV cache's sake
     batches, result = [tasks[i:i + size] for i in range(0, n, size)], {}
-    for prefix, T in (("", 1.0), ("greedy_", 0.0)):
+    for prefix, T in (("", 1.0), ("greedy_", 0.0)):  # in this order: a tool's dice go on
         dice = torch.Generator(model.device).manual_seed(1234)
         outs = [rollout(model, tok, batch, generator=dice, temperature=T, **sampling) for batch in batches]
         right = torch.cat([rewards(out, batch) for out, batch in zip(outs, batches)])   # (tasks,)
@@ -930,21 +912,19 @@ class Run:
         self.notes["best"] = max(self.notes.get("best", 0.0), accuracy)
 
     def watch(self, rollouts: Rollouts, reward, norm: float) -> dict:
-        """Figures of a step's rollouts; warns of the usual reasons why nothing is learnt. reward: (B,), or
-        those of fewer whole groups. cut: the share that ran out of tokens or turns."""
+        """Figures of a step; warns of the usual reasons why nothing is learnt. reward: (B,) or fewer."""
         groups, tokens = reward.view(-1, self.config.group_size), rollouts.mask.sum()   # (groups, group_size)
         flat = int((groups.amax(1) == groups.amin(1)).sum())
         entropy, cut = float(rollouts.entropy.sum() / tokens), float((~rollouts.finished).float().mean())
-        skipped = not math.isfinite(norm)
-        self.notes["skipped_steps"] += skipped
-        for found, text in (
-                (flat == len(groups) > 0 and groups.shape[1] > 1, "no group has different rewards to learn "
-                 "from; take easier or harder problems, or a larger --group_size"),
-                (cut > 0.5, "more than half of the rollouts are cut; raise --max_new_tokens or --max_turns"),
-                (entropy < 0.01, "the entropy is below 0.01: the model repeats itself; lower --lr"),
-                (skipped, "a gradient is not finite; such steps are skipped and counted; lower --lr")):
-            if found:
-                self.warn(text)
+        if flat == len(groups) > 0 and groups.shape[1] > 1:
+            self.warn("no group has different rewards; take easier or harder problems or raise --group_size")
+        if cut > 0.5:
+            self.warn("more than half of the rollouts are cut; raise --max_new_tokens or --max_turns")
+        if entropy < 0.01:
+            self.warn("the entropy is below 0.01: the model repeats itself; lower --lr")
+        if not math.isfinite(norm):
+            self.notes["skipped_steps"] += 1
+            self.warn("a gradient is not finite; such steps are skipped and counted; lower --lr")
         return {"entropy": entropy, "grad": norm, "length": float(tokens / len(rollouts.mask)), "cut": cut,
                 "flat groups": f"{flat}/{len(groups)}"}
 
@@ -1000,8 +980,7 @@ def compared(train: Callable, config, variants: dict[str, dict], script: str) ->
 
 
 def seed_table(found: dict[str, list[dict]], columns: dict[str, str]) -> str:
-    """name -> summaries, one a seed; columns: key of the summary -> heading. Cells: mean ± sample standard
-    deviation over the seeds that have a number, - where none has."""
+    """columns: key of the summaries -> heading. Cells: mean ± sample standard deviation over the seeds."""
     def cell(runs, key):
         values = [run[key] for run in runs if run.get(key) is not None]
         spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
@@ -1025,13 +1004,11 @@ def plot_runs(png: str, folders: list) -> None:
 
 
 def launch(config, script: str, train: Callable, **actions: Callable) -> None:
-    """What `python X.py` does: the action whose flag is given, else train. What may happen at any time ends
-    in one sentence."""
+    """The action whose flag is given, else train. What may happen at any time ends in one sentence."""
     try:
         if config.plot:
             return plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
-        chosen = [action for flag, action in actions.items() if getattr(config, flag)] or [train]
-        chosen[0](config)
+        next((action for flag, action in actions.items() if getattr(config, flag)), train)(config)
     except torch.OutOfMemoryError:
         fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens or --group_size")
     except OSError as error:  # a folder that cannot be written, a full disk
@@ -1103,17 +1080,14 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, 
             print(f"warning: {url} gave no reply to a request ({said}); said only once", flush=True)
         return [text for text, _ in replies]
 
-    ping = [{"role": "user", "content": "Reply with the JSON object {} and nothing else."}]
-    if said := request(ping, 0.0)[1]:
+    if said := request([{"role": "user", "content": "Reply with the JSON object {}."}], 0.0)[1]:
         fail(f"{url} gives no reply ({said}); check address, model name '{model_name}' and $OPENAI_API_KEY")
     return chat
 
 
 def read_object(text: str) -> dict:
-    """The first JSON object of a reply, whatever thinking, prose or code fence is around it; else ValueError.
-    The first one decides: a later one may be an inner item of an object that is cut."""
-    text = text.rsplit("</think>", 1)[-1]
-    found = re.search(r'\{\s*".*', text, re.DOTALL)  # \boxed{5} and {1, 2} open no object
+    """A reply's first JSON object, else ValueError: a later one may be an inner item of one that is cut."""
+    found = re.search(r'\{\s*".*', text.rsplit("</think>", 1)[-1], re.DOTALL)  # \boxed{5} opens no object
     try:
         return json.JSONDecoder().raw_decode(found[0] if found else "")[0]
     except (ValueError, RecursionError):
@@ -1122,8 +1096,7 @@ def read_object(text: str) -> dict:
 
 def ask(chat: Callable, conversations: list, check, tally: Counter, tries: int = 3) -> list:
     """check(the reply's JSON object) for each conversation, None where no usable reply came. check: one or a
-    list of functions; by ValueError, LookupError or TypeError they call a reply unusable. The model is then
-    asked again and told why, but not where no complete reply came. tally: counts "calls" and the reasons."""
+    list of functions, whose error calls a reply unusable: the model is told why and asked again."""
     checks = check if isinstance(check, list) else [check] * len(conversations)
     results, todo = [None] * len(checks), dict(enumerate(conversations))
     for _ in range(tries):
@@ -1148,9 +1121,8 @@ def remembered(chat: Callable, path: Path, key) -> Callable:
     """`chat` with a memory on disk: JSON lines, of which a later one replaces an earlier one. key: what else
     the replies depend on. A conversation that stands several times in one call has several replies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    memory = open(path, "a+b", buffering=0)  # one write a line: runs side by side do not mix
-    memory.seek(0)
-    known = {entry["address"]: entry["reply"] for entry in map(json.loads, memory.read().splitlines())}
+    memory = open(path, "ab", buffering=0)  # one write a line: runs side by side do not mix
+    known = {entry["address"]: entry["reply"] for entry in map(json.loads, path.read_bytes().splitlines())}
 
     def chat_or_remember(conversations, **sampling):
         texts = [json.dumps([key, sampling, conversation], sort_keys=True) for conversation in conversations]
