@@ -445,7 +445,7 @@ TOOLS = {tool.name: tool for tool in (
 def parse_tool_call(text: str) -> dict | None:
     """The first well-formed <tool_call>{"name": ..., "arguments": {...}}</tool_call> in a turn, or None."""
     for body in re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.DOTALL):
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError):
             match json.loads(body):
                 case {"name": str(), "arguments": dict()} as call:
                     return call
@@ -1090,7 +1090,7 @@ def read_object(text: str) -> dict:
     found = re.search(r'\{\s*".*', text.rsplit("</think>", 1)[-1], re.DOTALL)  # \boxed{5} opens no object
     try:
         return json.JSONDecoder().raw_decode(found[0] if found else "")[0]
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ValueError("the reply holds no whole JSON object") from None
 
 

@@ -46,6 +46,10 @@ def timeless(folder) -> list[dict]:
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
 
+def steps_of(folder) -> list[dict]:
+    return [row for row in timeless(folder) if "eval" not in row]
+
+
 @contextlib.contextmanager
 def Server(behave, headers=(), pause=0.0):
     """OpenAI-compatible, on the loopback device; `behave(body, count)` -> (status, text, finish reason). Text

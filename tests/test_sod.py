@@ -10,15 +10,13 @@ import torch
 
 import common
 import sod
-from conftest import ROOT, timeless
+from conftest import ROOT, steps_of, timeless
 
 
 # ---------------------------------------------------------------------------------------- equations
-@pytest.mark.parametrize("mask, spans", [
-    ([1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0], [(0, 2), (4, 5), (6, 9)]), ([0, 1, 1, 0, 0], [(1, 3)]),
-    ([0, 0, 0], []), ([1, 1], [(0, 2)])])
-def test_steps_are_runs_of_the_mask(mask, spans):
-    assert common.step_spans(mask) == spans
+def test_steps_are_runs_of_the_mask():
+    assert common.step_spans([1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0]) == [(0, 2), (4, 5), (6, 9)]
+    assert common.step_spans([0, 0, 0]) == [] and common.step_spans([1, 1]) == [(0, 2)]
 
 
 def test_absolute_value_is_inside_the_mean():
@@ -160,19 +158,18 @@ def test_oracle_follows_errors_and_recoveries():
 # -------------------------------------------------------------------------------------- the scripts
 @pytest.fixture(scope="module", autouse=True)
 def smaller_fits():
-    """Shorter chains, half the fits and little of the teacher's GRPO, once for all runs: the same code."""
+    """Shorter chains, short fits, hardly any GRPO for the teacher: the same code."""
     fit, demonstrations, config = common.fit_tiny, sod.demonstrations, sod.Config()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.chain_task, "__defaults__", ((2, 2), 10))
-        patch.setattr(common, "fit_tiny", lambda *args, steps, **rest: fit(*args, steps=steps // 2, **rest))
+        patch.setattr(common, "fit_tiny", lambda *args, steps, **how: fit(*args, steps=160, lr=6e-3, **how))
         patch.setattr(sod, "demonstrations",
-                      lambda tok, n, *args, **rest: demonstrations(tok, n // 2, *args, **rest))
-        patch.setattr(sod.improve, "__defaults__", (5,))
-        # here, so that no test sees a progress bar
+                      lambda tok, n, *args, **how: demonstrations(tok, n // 4, *args, **how))
+        patch.setattr(sod.improve, "__defaults__", (2,))
         yield sod.load_student(config, "cpu")[0], sod.load_teacher(config, tok, "cpu")
 
 
-SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "16", "--show_every", "0"]
+SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--eval_tasks", "8", "--show_every", "0"]
 
 
 def test_resume_equals_never_stopped(tmp_path):
@@ -184,21 +181,22 @@ def test_resume_equals_never_stopped(tmp_path):
 def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "mixed_precision", lambda device: True)
     sod.main(["--steps", "2", "--minibatches", "2", "--out", str(tmp_path / "run"), *SMALL])
-    assert all(math.isfinite(r["grad"]) and r["grad"] for r in timeless(tmp_path / "run") if "grad" in r)
+    assert all(math.isfinite(r["grad"]) and r["grad"] for r in steps_of(tmp_path / "run"))
 
 
 def test_sod_learns(tmp_path):
-    summary = sod.train(sod.Config(steps=30, eval_tasks=100, show_every=0, out=str(tmp_path / "run")))
-    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
+    config = sod.Config(steps=20, lr=1e-3, eval_tasks=100, show_every=0, out=str(tmp_path / "run"))
+    summary = sod.train(config)
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.05
 
 
 def test_compare_runs_every_method(tmp_path, capsys):
     sod.main(["--compare", "--seeds", "1", "--steps", "1", *SMALL, "--out", str(tmp_path)])
     out = capsys.readouterr().out
     for method in sod.METHODS:
-        records = timeless(tmp_path / f"{method}-s0")
-        assert f"| {method} " in out and sum("eval" not in r for r in records) == (method != "sft")
-        assert method != "sft" or records[0]["accuracy"] == records[1]["accuracy"]
+        assert f"| {method} " in out and len(steps_of(tmp_path / f"{method}-s0")) == (method != "sft")
+    before, after = timeless(tmp_path / "sft-s0")
+    assert before["accuracy"] == after["accuracy"]
 
 
 def test_cascade_and_explain(capsys, monkeypatch):
@@ -229,8 +227,8 @@ def test_the_users_command(tmp_path, smaller_fits, monkeypatch):
         tok.save_pretrained(tmp_path / name)
     (tmp_path / "data.jsonl").write_text("\n".join(
         json.dumps({"question": f"What is {i}+1?", "answer": f"#### {i + 1}"}) for i in range(20)))
-    flags = ["--steps", "2", "--eval_tasks", "4", "--group_size", "2", "--model", "student", "--teacher",
-             "teacher", "--threads", "1"]
+    flags = ["--steps", "2", "--eval_tasks", "4", "--group_size", "2", "--prompts_per_step", "2",
+             "--model", "student", "--teacher", "teacher", "--threads", "1"]
     result = subprocess.run([sys.executable, str(ROOT / "sod.py"), *flags], capture_output=True, text=True,
                             cwd=tmp_path)
     assert result.returncode == 0, result.stderr
