@@ -286,7 +286,7 @@ def train(config: Config) -> dict:
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
     tool = flaky(common.TOOLS[config.tool], config.timeout_rate, tool_rng)
 
-    def measure():  # the same problems, dice and time-outs for every method
+    def measure():  # the same problems and dice for every method; time-outs come by number of call
         still = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(0))
         return common.evaluate(student, tok, held_out, tool=still, **config.sampling)
 
