@@ -246,7 +246,7 @@ def load_pretrained(name: str, kind, dtype):
 def load_model(name: str, device, trainable: bool = True):
     """Hugging Face id or folder -> (model, tokenizer), to be trained (fp32) or frozen."""
     bf16 = mixed_precision(device)
-    # Frozen on a CPU it keeps the type it was saved in; without bf16 instructions that is 8 times slower.
+    # Frozen on a CPU it keeps its type, bf16 only where the CPU has instructions for it: else 8 times slower.
     stored = "auto" if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
     # fp32 master weights: bf16 ones would swallow updates of 1e-6
     dtype = torch.float32 if trainable else torch.bfloat16 if bf16 else stored
@@ -767,7 +767,7 @@ def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_
 
 
 def apply_gradients(model, optimizer, step: int, lr: float, warmup: int = 5) -> float:
-    """Clip to norm 1, update. Returns the norm before clipping; if that is not finite, there is no step."""
+    """Clip to norm 1, warm up, update. Returns the norm before clipping; if it is not finite, no step."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
@@ -912,7 +912,7 @@ class Run:
         self.notes["best"] = max(self.notes.get("best", 0.0), accuracy)
 
     def watch(self, rollouts: Rollouts, reward, norm: float) -> dict:
-        """Figures of a step; warns of the usual reasons why nothing is learnt. reward: (B,) or fewer."""
+        """Figures of a step; warns of what keeps a model from learning. reward: (B,), or of some groups."""
         groups, tokens = reward.view(-1, self.config.group_size), rollouts.mask.sum()   # (groups, group_size)
         flat = int((groups.amax(1) == groups.amin(1)).sum())
         entropy, cut = float(rollouts.entropy.sum() / tokens), float((~rollouts.finished).float().mean())
@@ -1096,7 +1096,7 @@ def read_object(text: str) -> dict:
 
 def ask(chat: Callable, conversations: list, check, tally: Counter, tries: int = 3) -> list:
     """check(the reply's JSON object) for each conversation, None where no usable reply came. check: one or a
-    list of functions, whose error calls a reply unusable: the model is told why and asked again."""
+    list of functions; ValueError, LookupError or TypeError: the model is told why and asked again."""
     checks = check if isinstance(check, list) else [check] * len(conversations)
     results, todo = [None] * len(checks), dict(enumerate(conversations))
     for _ in range(tries):

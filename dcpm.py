@@ -529,7 +529,9 @@ def plan_cores(memory, now, schemas, cores, fresh):
         stable = [s for s in stable if s.behaviour]
         if len(stable) >= MIN_STABLE:
             sweep(memory, now, cores, stable)
-    for core in (core for core in cores.values() if core.status != "withdrawn"):
+    for core in cores.values():
+        if core.status == "withdrawn":
+            continue
         core.members = sorted(set(core.members))
         core.evidence = sorted({i for m in core.members for i in schemas[m].evidence})
         # confidence = the second best over domains of (best stable member's): one domain alone proves nothing

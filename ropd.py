@@ -73,7 +73,7 @@ class Config(common.Config):
     steps: int = option(200, "training steps")
     prompts_per_step: int = option(16, "questions a step")
     compare: bool = option(False, "run every method on --seeds seeds and print one table")
-    seeds: int = option(3, "seeds for --compare: 0, 1, ...")
+    seeds: int = option(3, "seeds for --compare, from --seed on")
     explain: bool = option(False, "judge one group and print everything, before any training")
 
 

@@ -69,7 +69,7 @@ class Config(common.Config):
     compare: bool = option(False, "run --methods on --seeds seeds and print one table")
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={
         "help": "for --compare; not given = all"})
-    seeds: int = option(3, "seeds for --compare: 0, 1, ...")
+    seeds: int = option(3, "seeds for --compare, from --seed on")
     cascade: bool = option(False, "print divergence, weight and teacher reliability by step; no training")
     explain: bool = option(False, "print one rollout of the student token by token, before any training")
 
@@ -286,7 +286,7 @@ def train(config: Config) -> dict:
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
     tool = flaky(common.TOOLS[config.tool], config.timeout_rate, tool_rng)
 
-    def measure():  # the same problems and dice for every method; time-outs come by number of call
+    def measure():  # the same problems and dice for every method; a time-out hits the n-th call
         still = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(0))
         return common.evaluate(student, tok, held_out, tool=still, **config.sampling)
 
