@@ -37,7 +37,7 @@ import json
 import math
 import re
 import sys
-from collections import Counter, namedtuple
+from collections import ChainMap, Counter, namedtuple
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -228,7 +228,7 @@ class Store:
 
     def said(self, belief):
         """The words in which it was told. System2 reads these: in a model's version all facts begin alike."""
-        turn, start, end, _ = next(s for s in belief.sources if self.turns[s[0]].t == belief.t_seen)
+        turn, start, end, _ = belief.sources[0]
         return self.turns[turn].text[start:end]
 
 
@@ -381,8 +381,8 @@ def write_claims(store, turn, claims):
             earliest = store.beliefs[old.prev].t_event if old.prev else ""
             moved = {"t_event": claim.t_event} if earliest <= claim.t_event < old.t_event else {}
             store.commit(op, [old.id], turn.id, source=source, **moved)
-        else:  # only a refinement takes over the sources of its predecessor
-            sources = [*old.sources, source] if op == "REFINE" else [source]
+        else:  # only a refinement takes over the sources of its predecessor, behind its own
+            sources = [source, *old.sources] if op == "REFINE" else [source]
             node = Belief(f"b{len(store.beliefs) + 1}", slot, claim.value, claim.polarity, claim.text,
                           claim.t_event, turn.t, sources, claim.until, old and old.id, after and after.id,
                           old and ("refine" if op == "REFINE" else "supersede"))
@@ -456,7 +456,7 @@ def recount(schema, store):
 def plan_schemas(memory, now, schemas, fresh):
     """Bring `schemas` up to date: new ones, more evidence, all recounted."""
     for person in memory.people if fresh else ():
-        known = [s for s in schemas.values() if s.subject == person and s.status != "withdrawn"]
+        known = [s for s in schemas.values() if s.subject == person]
         facts = [b for b in memory.beliefs.values()
                  if holds(b) and b.slot[0] == person and b.slot[1] not in ("plan", *SINGLE)]
         if not facts:
@@ -465,17 +465,14 @@ def plan_schemas(memory, now, schemas, fresh):
         groups = [[b for b, at in zip(facts, labels) if at == label] for label in range(-1, labels.max() + 1)]
         for draft in memory.backend.induce(memory, [g for g in groups[1:] if g], groups[0], known):
             id_ = draft.known or "s" + digest(person, draft.domain, draft.text)
-            if id_ not in schemas or schemas[id_].status == "withdrawn":
-                if len(draft.evidence) < 2:
-                    continue
-                schemas[id_] = Schema(id_, person, draft.domain, draft.text, now)
-            schema = schemas[id_]
+            if id_ not in schemas and len(draft.evidence) < 2:
+                continue
+            schema = schemas.setdefault(id_, Schema(id_, person, draft.domain, draft.text, now))
             schema.evidence = sorted({*schema.evidence, *draft.evidence})
             schema.against = sorted({*schema.against, *draft.against} - {*schema.evidence})
             schema.replaces = draft.replaces or schema.replaces
     for schema in schemas.values():
-        if schema.status != "withdrawn":
-            recount(schema, memory)
+        recount(schema, memory)
 
 
 def collisions(behaviour, content, domains, limits):
@@ -506,15 +503,13 @@ def sweep(memory, now, cores, stable):
     memory.gate[stable[0].subject] = cosines(behaviour, behaviour)[np.triu(domains[:, None] != domains)]
     for group in collision_groups(collisions(behaviour, content, domains, memory.limits)):
         members, ids = [stable[i] for i in group], {stable[i].id for i in group}
-        known = [c for c in cores.values() if ids & set(c.members) and c.status != "withdrawn"]
+        known = [c for c in cores.values() if ids & set(c.members)]
         if not known:
             text = memory.backend.name_core(members)
             if not text:  # a null answer is allowed: no core
                 continue
             core = Core("c" + digest(members[0].subject, text), members[0].subject, "", text, now)
-            if core.id not in cores or cores[core.id].status == "withdrawn":
-                cores[core.id] = core
-            known = [cores[core.id]]
+            known = [cores.setdefault(core.id, core)]
         # The core that shares most members, then the oldest: never whichever comes first.
         min(known, key=lambda c: (-len(ids & set(c.members)), c.created, c.id)).members += ids
 
@@ -530,12 +525,10 @@ def plan_cores(memory, now, schemas, cores, fresh):
         if len(stable) >= MIN_STABLE:
             sweep(memory, now, cores, stable)
     for core in cores.values():
-        if core.status == "withdrawn":
-            continue
         core.members = sorted(set(core.members))
-        core.evidence = sorted({i for m in core.members for i in schemas[m].evidence})
+        members = sorted((schemas[m] for m in core.members if m in schemas), key=lambda s: s.confidence)
+        core.evidence = sorted({i for s in members for i in s.evidence})
         # confidence = the second best over domains of (best stable member's): one domain alone proves nothing
-        members = sorted((schemas[m] for m in core.members), key=lambda s: s.confidence)
         best = {s.domain: s.confidence for s in members if s.status == "stable"}  # the last, best one stays
         core.status = "stable" if len(best) >= 2 else "dormant"
         core.confidence = sorted(best.values())[-2] if len(best) >= 2 else 0.0
@@ -561,11 +554,12 @@ def sleep(memory, now):
         # What cites a belief that was asked to be forgotten is gone: its text may give it away.
         if any(memory.beliefs[i].status == "suppressed" for i in [*node.evidence, *node.against]):
             node.status, node.confidence, node.evidence, node.against = "withdrawn", 0.0, [], []
-    plan_schemas(memory, now, new["schemas"], fresh)
-    plan_cores(memory, now, new["schemas"], new["cores"], fresh)
-    plan_intentions(memory, now, new["intentions"])
-    plan = {kind: [asdict(n) for _, n in sorted(nodes.items()) if n != getattr(memory, kind).get(n.id)]
-            for kind, nodes in new.items()}
+    live = {kind: {i: n for i, n in nodes.items() if n.status != "withdrawn"} for kind, nodes in new.items()}
+    plan_schemas(memory, now, live["schemas"], fresh)
+    plan_cores(memory, now, live["schemas"], live["cores"], fresh)
+    plan_intentions(memory, now, new["intentions"])  # all of them: a plan that was cancelled may come back
+    plan = {kind: [asdict(n) for _, n in sorted((nodes | live[kind]).items())
+                   if n != getattr(memory, kind).get(n.id)] for kind, nodes in new.items()}
     if fresh or any(plan.values()):
         ids = [n["id"] for nodes in plan.values() for n in nodes]
         memory.commit("SLEEP", ids, "", f"night of {now[:10]}", **plan)
@@ -690,7 +684,7 @@ class Memory(Store):
         super().__init__(log)
         self.backend = backend or Rules()
         self.vectors = Vectors(embed_words if encoder == "words" else sentence_encoder(encoder))
-        self.limits = next((v for name, v in LIMITS.items() if name in str(encoder)), LIMITS["mpnet"])
+        self.limits = next((v for name, v in LIMITS.items() if name in Path(encoder).name), LIMITS["mpnet"])
         self.gate = {}  # person -> the last sweep's cosines of V_beh, all pairs across domains
 
     def observe(self, text, t, session="s1", speaker="user"):
@@ -737,8 +731,7 @@ class Memory(Store):
 
     def why(self, id_):
         """core -> schemas -> beliefs -> the verbatim span of the raw turn, as a nested dictionary."""
-        kinds = (self.cores, self.schemas, self.intentions, self.beliefs, self.turns)
-        node = next((kind[id_] for kind in kinds if id_ in kind), None)
+        node = ChainMap(self.cores, self.schemas, self.intentions, self.beliefs, self.turns).get(id_)
         if node is None:
             raise DcpmError(f"there is no record {id_!r}; recall(...).ids lists the ids you can ask about")
         cited = getattr(node, "evidence", None)  # []: a higher node that the night withdrew
@@ -855,7 +848,8 @@ class LLM:
         found = self.ask("reconcile", [RECONCILE.format(chains=chains, items=items)], check)[0] or {}
         for id_, (item, op) in found.items():
             claim, head = claims[item], memory.beliefs[id_]
-            claim.slot = head.slot if claim.subject == head.slot[0] else None
+            fits = claim.subject == head.slot[0] and claim.attribute not in SINGLE
+            claim.slot = head.slot if fits else None
             if op != "SUPERSEDE" and claim.slot:
                 claim.value, claim.polarity = head.value, head.polarity
                 claim.until = claim.until or head.until

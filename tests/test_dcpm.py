@@ -115,8 +115,11 @@ def test_07_giving_up_and_resuming_leave_the_rest_alone():
 
 
 def test_08_refinement_is_not_a_revision():
-    memory = tell("I play guitar.", "I play guitar, mostly jazz on weekends.")
+    memory = Memory()  # both on one day
+    memory.ingest([(text, "2024-05-02", "s1", "user") for text in (
+        "I play guitar.", "I play guitar, mostly jazz on weekends.")])
     _, new = memory.trail(("user", "hobby", "guitar"))
+    assert "jazz" in memory.said(new)  # its own words, not those that it refines
     assert new.link_kind == "refine" and "guitar" in new.text and "jazz" in new.text and len(new.sources) == 2
     assert "mostly jazz on weekends (2024-05-02, current)" in ask(memory, "How do I play guitar?")
 

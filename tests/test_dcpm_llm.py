@@ -170,6 +170,11 @@ def test_single_slots_are_not_offered_to_the_reconciler():
                            claims(("event", "living", "I live in Paris by the river"))])
     tell(chat, "I live in Paris.", "I live in Paris by the river.")
     assert not chat.prompts("reconcile")
+    chat = Script(extract=[claims(("likes", "jazz", "jazz")),  # nor does it take a claim out of its own
+                           claims(("likes", "jazz", "jazz"), ("residence", "Berlin", "in Berlin"))],
+                  reconcile=[{"operations": [{"item": 1, "op": "SUPERSEDE", "id": "b1"}]}])
+    memory = tell(chat, "I like jazz.", "I like jazz in Berlin.")
+    assert memory.head(HOME).value == "Berlin" and chat.prompts("reconcile") and check(memory) == []
 
 
 def test_plans_and_past_dates_are_read_from_the_quote():
