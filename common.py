@@ -675,7 +675,8 @@ def hidden_at(model, ids, attention_mask, mask):
 
 
 def lm_head(head) -> Callable:
-    """The head as a function hidden (n, H) -> logits (n, V) in fp32; its weights are cast once, here."""
+    """The head as a function hidden (n, H) -> logits (n, V) in fp32; its weights are cast once, here. Models
+    that cap or scale their logits behind it (Gemma 2, Granite, Cohere) would be scored wrongly."""
     dtype = torch.bfloat16 if mixed_precision(head.weight.device) else head.weight.dtype
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
     # .float(): a softmax in bf16 would lose the small probabilities
@@ -1096,7 +1097,7 @@ def read_object(text: str) -> dict:
 
 def ask(chat: Callable, conversations: list, check, tally: Counter, tries: int = 3) -> list:
     """check(the reply's JSON object) for each conversation, None where no usable reply came. check: one or a
-    list of functions; ValueError, LookupError or TypeError: the model is told why and asked again."""
+    list of functions; one that raises, as on a malformed object: the model is told why and asked again."""
     checks = check if isinstance(check, list) else [check] * len(conversations)
     results, todo = [None] * len(checks), dict(enumerate(conversations))
     for _ in range(tries):
