@@ -1097,7 +1097,7 @@ def read_object(text: str) -> dict:
 
 def ask(chat: Callable, conversations: list, check, tally: Counter, tries: int = 3) -> list:
     """check(the reply's JSON object) for each conversation, None where no usable reply came. check: one or a
-    list of functions; one that raises, as on a malformed object: the model is told why and asked again."""
+    list of functions. On a Value-, Lookup-, Type- or AttributeError the model is told why and asked again."""
     checks = check if isinstance(check, list) else [check] * len(conversations)
     results, todo = [None] * len(checks), dict(enumerate(conversations))
     for _ in range(tries):

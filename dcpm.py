@@ -848,9 +848,10 @@ class LLM:
         found = self.ask("reconcile", [RECONCILE.format(chains=chains, items=items)], check)[0] or {}
         for id_, (item, op) in found.items():
             claim, head = claims[item], memory.beliefs[id_]
-            fits = claim.subject == head.slot[0] and claim.attribute not in SINGLE
-            claim.slot = head.slot if fits else None
-            if op != "SUPERSEDE" and claim.slot:
+            if claim.subject != head.slot[0] or claim.attribute in SINGLE:
+                continue  # the chain of someone else; a single-valued claim has a chain of its own
+            claim.slot = head.slot
+            if op != "SUPERSEDE":
                 claim.value, claim.polarity = head.value, head.polarity
                 claim.until = claim.until or head.until
                 claim.text = f"{head.text}; {claim.text}" if op == "REFINE" else claim.text
