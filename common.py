@@ -45,6 +45,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfA
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of the python tool
+# cuDNN's attention makes a plan for each new shape, and in a rollout every token has a new one.
+torch.backends.cuda.enable_cudnn_sdp(False)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 progress = functools.partial(tqdm, mininterval=1, leave=False, disable=None)  # None: silent in a log file
@@ -79,7 +81,7 @@ class Config:
     seed: int = option(0, "seed of prompts, sampling and tool failures")
     eval_every: int = option(0, "evaluate every so many steps; 0 = only before and after")
     eval_tasks: int = option(200, "held-out problems")
-    device: str = option("auto", "'auto', 'cpu', 'cuda', ...")
+    device: str = option("auto", "'auto' (a GPU if there is one; tiny models: the CPU), 'cpu', 'cuda', ...")
     threads: int = option(0, "CPU threads; 0 = one for tiny models, torch's own choice for others")
     out: str = option("", "folder of the run; not given = runs/<script>-<method>-s<seed>")
     overwrite: bool = option(False, "replace the folder of an earlier run")
@@ -119,10 +121,13 @@ def parse(config_class, argv=None):
 
 
 def setup(config) -> torch.device:
-    """Device and threads. One thread for tiny models: more are slow on a busy machine, one is repeatable."""
-    if config.threads or config.model == "tiny":
+    """Device and threads. Tiny models: the CPU, with a GPU at hand, too, so that digits are the same; and one
+    thread: more are slow on a busy machine."""
+    tiny = config.model == "tiny"
+    if config.threads or tiny:
         torch.set_num_threads(config.threads or 1)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    usual = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
+    name = usual if config.device == "auto" else config.device
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
@@ -255,7 +260,7 @@ def load_model(name: str, device, trainable: bool = True):
         fail(f"the tokenizer of '{name}' has no chat template; take an instruction-tuned model")
     tok.pad_token = tok.pad_token or tok.eos_token
     if trainable and bf16:  # acts in train mode only, so not in rollouts
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return model.to(device).requires_grad_(trainable), tok
 
 
@@ -798,7 +803,8 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
 
 def evaluate(model, tok, tasks, **sampling) -> dict:
     """Accuracy with standard error, length, share finished; the seed is fixed: same dice for all methods."""
-    n, size = len(tasks), 512 if model.num_parameters() < 1e7 else 32  # rows at once, for the KV cache's sake
+    n, tiny = len(tasks), model.num_parameters() < 1e7
+    size = 512 if tiny else 64 if mixed_precision(model.device) else 32  # rows at once: the KV cache's size
     batches, result = [tasks[i:i + size] for i in range(0, n, size)], {}
     for prefix, T in (("", 1.0), ("greedy_", 0.0)):  # in this order: a tool's dice go on
         dice = torch.Generator(model.device).manual_seed(1234)
@@ -1020,12 +1026,13 @@ def launch(config, script: str, train: Callable, **actions: Callable) -> None:
 
 # ---------------------------------------------------------------------- chat, for judges and memory
 def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, *, json_object: bool = False,
-                 batch: int = 8, device: str = "", **network) -> Callable:
+                 batch: int = 0, device: str = "", **network) -> Callable:
     """A function: conversations (lists of messages), temperature -> texts, None where no full answer came.
     name: a Hugging Face id or folder, or an OpenAI-compatible server's URL (`model_name`: its model)."""
     if name.startswith(("http://", "https://")):
         return endpoint(name, model_name, max_new_tokens, json_object, **network)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    batch = batch or (32 if mixed_precision(device) else 8)
     model, tok = load_model(name, device, trainable=False)
     generator = torch.Generator(device).manual_seed(0)
 

@@ -9,6 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with a GPU, too: digits and devices are the CPU's
+
 import pytest
 import torch
 from huggingface_hub import constants

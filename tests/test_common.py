@@ -420,6 +420,13 @@ def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
     assert word in refused(lambda: common.setup(common.parse(common.Config, argv)))
 
 
+def test_auto_takes_a_gpu_but_for_tiny_models(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert common.setup(common.Config()).type == "cpu"
+    monkeypatch.setattr(torch, "empty", lambda *_, device: mock.Mock(device=device))
+    assert common.setup(common.Config(model="some/model")) == "cuda"
+
+
 # --------------------------------------------------------------------------------------- evaluation
 def test_evaluate(monkeypatch, tok, model):
     out = some_rollouts(model, tok, group_size=1)
