@@ -975,7 +975,8 @@ def read_date(text, told):
             span = np.datetime64(match["iso"] or match["year"] + month)  # a day, a month or a year
         except ValueError:  # 2024-02-31: not a date after all
             return told, ""
-        first, last = span.astype("M8[D]"), (span + 1).astype("M8[D]") - 1
+        after = (span.astype(int) + 1).astype(span.dtype)
+        first, last = span.astype("M8[D]").item(), after.astype("M8[D]").item() - timedelta(1)
     return (told, str(last)) if str(last) >= told[:10] else (str(first), "")
 
 
