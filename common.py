@@ -121,8 +121,8 @@ def parse(config_class, argv=None):
 
 
 def setup(config) -> torch.device:
-    """Device and threads. Tiny models: the CPU, with a GPU at hand, too, so that digits are the same; and one
-    thread: more are slow on a busy machine."""
+    """Device and threads. Tiny models stay on the CPU even beside a GPU, so that digits are the same, and in
+    one thread: more are slow on a busy machine."""
     tiny = config.model == "tiny"
     if config.threads or tiny:
         torch.set_num_threads(config.threads or 1)
@@ -803,8 +803,8 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
 
 def evaluate(model, tok, tasks, **sampling) -> dict:
     """Accuracy with standard error, length, share finished; the seed is fixed: same dice for all methods."""
-    n, tiny = len(tasks), model.num_parameters() < 1e7
-    size = 512 if tiny else 64 if mixed_precision(model.device) else 32  # rows at once: the KV cache's size
+    n, rows = len(tasks), 64 if mixed_precision(model.device) else 32  # at once, for the KV cache's sake
+    size = 512 if model.num_parameters() < 1e7 else rows
     batches, result = [tasks[i:i + size] for i in range(0, n, size)], {}
     for prefix, T in (("", 1.0), ("greedy_", 0.0)):  # in this order: a tool's dice go on
         dice = torch.Generator(model.device).manual_seed(1234)
@@ -1017,7 +1017,8 @@ def launch(config, script: str, train: Callable, **actions: Callable) -> None:
             return plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
         next((action for flag, action in actions.items() if getattr(config, flag)), train)(config)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens or --group_size")
+        fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens, --group_size or a "
+             "local judge's --reply_tokens")
     except OSError as error:  # a folder that cannot be written, a full disk
         fail(" ".join(str(error).split()))
     except KeyboardInterrupt:

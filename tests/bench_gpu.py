@@ -1,6 +1,6 @@
 """By hand, on a GPU: what README's commands cost with Qwen3-0.6B as student, Qwen3-4B as teacher and judge.
 
-    python tests/bench_gpu.py --tokenizer Qwen/Qwen3-0.6B [--only sod ropd srpo rollout] [--steps 3]
+    python tests/bench_gpu.py --tokenizer Qwen/Qwen3-0.6B [--only sod ropd srpo rollout] [--steps 1]
 
 The models have the real shapes and random weights, so nothing but a tokenizer is needed, and every text is as
 long as it may be: the worst case. What such models write is replaced by text of that length which can be
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*COMMANDS, "rollout"])
     parser.add_argument("--data", default="openai/gsm8k", help="the problems of sod.py and ropd.py")
     parser.add_argument("--choices", default="physics/train.json", help="the problems of srpo.py")
-    parser.add_argument("--steps", default="3")
+    parser.add_argument("--steps", default="1")
     parser.add_argument("--max_new_tokens", default="1024")
     parser.add_argument("--reply_tokens", default="512", help="of teacher and judge; README's command: 2048")
     args = parser.parse_args()
