@@ -35,7 +35,7 @@ COMMANDS = {  # as in README, but for the names of the models
     "sod": (sod, ["--teacher", "4B", "--tool", "python"]),
     "ropd": (ropd, ["--teacher", "4B", "--judge", "4B", "--prompts_per_step", "8"]),
     "srpo": (srpo, ["--gate_tasks", "0"])}
-SECONDS = defaultdict(list)  # and some figures that are no seconds
+FIGURES = defaultdict(list)  # seconds of each part; tokens; differences of log-probs
 
 
 def random_model(tokenizer, device, name, kind, dtype):
@@ -54,7 +54,7 @@ def timed(name: str, fn):
         began = time.time()
         result = fn(*args, **kwargs)
         torch.cuda.synchronize()
-        SECONDS[name].append(time.time() - began)
+        FIGURES[name].append(time.time() - began)
         return result
     return wrapper
 
@@ -80,7 +80,7 @@ def readable_rollout(rollout):
         out.texts = [readable(m, i, how["max_new_tokens"]) for i, m in enumerate(prompts)]
         out.finished[:] = True
         if trained:
-            SECONDS["tokens"].append(int(out.mask.sum()))
+            FIGURES["tokens"].append(int(out.mask.sum()))
         return out
     return wrapper
 
@@ -90,34 +90,34 @@ def watched_rescore(rescore):
     def wrapper(student, rollouts, config):
         sampled = rollouts.logps.clone()
         rescore(student, rollouts, config)
-        SECONDS["sampled - scored"].append(float((sampled - rollouts.logps).abs().max()))
+        FIGURES["sampled - scored"].append(float((sampled - rollouts.logps).abs().max()))
     return wrapper
 
 
 def watched_loss(policy_loss):
     """Notes how far the log-probs of the update are from those of the scorer: the ratio must be 1."""
     def wrapper(logps, old_logps, advantages, mask, **how):
-        SECONDS["updated - scored"].append(float(((logps - old_logps) * mask).detach().abs().max()))
+        FIGURES["updated - scored"].append(float(((logps - old_logps) * mask).detach().abs().max()))
         return policy_loss(logps, old_logps, advantages, mask, **how)
     return wrapper
 
 
 def run(name: str, script, flags: list[str]) -> list:
     """-> one row of the table: means over the steps."""
-    SECONDS.clear()
+    FIGURES.clear()
     gc.collect(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         script.main([*flags, "--out", f"{folder}/run"])
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [record["seconds"] for record in map(json.loads, lines) if "seconds" in record]
     parts = ("rollout", "teacher, judge: writing", "score", "update")
-    cells = [sum(SECONDS[part]) / len(steps) for part in parts]
+    cells = [sum(FIGURES[part]) / len(steps) for part in parts]
     if script is srpo:
         cells[3] -= cells[2]  # there the teacher reads inside `backward`
-    for pair, values in SECONDS.items():
-        if "scored" in pair:
+    for pair, values in FIGURES.items():
+        if "scored" in pair and script is not srpo:  # whose ratio is 1 by construction
             print(f"{name}: largest difference of log-probs, {pair}: {max(values):.5f}")
-    speed = sum(SECONDS["tokens"]) / sum(SECONDS["rollout"])
+    speed = sum(FIGURES["tokens"]) / sum(FIGURES["rollout"])
     return [name, *(f"{s:.1f}" for s in [sum(steps) / len(steps), *cells]), f"{speed:.0f}",
             f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"]
 
@@ -139,13 +139,13 @@ def compare_with_generate(data: str, new_tokens: int, batches: list[int]) -> Non
     ours = functools.partial(common.rollout, model, tok, tasks[:8], 8, max_new_tokens=new_tokens)
     for name, fn in (("rollout", ours), ("generate", generate), ("rollout again", ours)):
         timed(name, fn)()  # the first to come pays for what is new: lengths, memory
-        speed = 64 * new_tokens / SECONDS[name][-1]
+        speed = 64 * new_tokens / FIGURES[name][-1]
         print(f"{name}: 64 x {new_tokens} tokens, {speed:.0f} tokens/s", flush=True)
     for name in ("0.6B", "4B"):
         model, tok = common.load_model(name, "cuda", trainable=name == "0.6B")
         for size in batches:
             timed(f"{name}, {size}", common.rollout)(model, tok, tasks[:size], max_new_tokens=64)
-            seconds = SECONDS[f"{name}, {size}"][-1]
+            seconds = FIGURES[f"{name}, {size}"][-1]
             print(f"{name}: {size} x 64 tokens, {size * 64 / seconds:.0f} tokens/s", flush=True)
 
 
