@@ -1241,8 +1241,8 @@ def tell_story(memory):
             for belief in schema["because"][:2]:
                 for source in belief["because"]:
                     print(f"     because [{belief['id']}] {source['t']}: “{source['text']}”")
-    print("\nWhat is each mechanism worth?         python tests/bench_dcpm.py\n"
-          "LoCoMo, LongMemEval, PersonaMem:      python tests/bench_dcpm_corpora.py --data FILE")
+    print("\nWhat is each mechanism worth?         python tests/experiments/bench_dcpm.py\n"
+          "LoCoMo, LongMemEval, PersonaMem:      python tests/experiments/bench_dcpm_corpora.py --data FILE")
 
 
 def fail(message):

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "experiments")]
 torch.set_num_threads(1)
 
 

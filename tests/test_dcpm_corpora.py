@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "experiments")]
 import bench_dcpm as bench
 import bench_dcpm_corpora as corpora
 import dcpm
@@ -128,5 +128,5 @@ def test_two_banks_share_no_four_words():
     ("bench_dcpm_corpora.py", ["--data", "l.json"], ["multi-hop", "BM25", "two: 3 turns"])])
 def test_the_scripts_run(tmp_path, script, flags, wanted):
     put(tmp_path / "l.json", LOCOMO)
-    run = subprocess.run([sys.executable, HERE / script, *flags], cwd=tmp_path, capture_output=True)
+    run = subprocess.run([sys.executable, HERE / "experiments" / script, *flags], cwd=tmp_path, capture_output=True)
     assert run.returncode == 0 and all(text in run.stdout.decode() for text in wanted), run.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "experiments")]
 import dcpm
 from dcpm import LLM, Memory
 from invariants import check

@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "experiments")]
 import dcpm
 import stress_memory
 from dcpm import Claim, Draft, Memory, embed_words

@@ -1,9 +1,9 @@
 """The miniature benchmark of dcpm.py: what a night is worth, on people who never name their habits.
 
-    python tests/bench_dcpm.py                   two banks of phrases, then what each mechanism is worth
-    python tests/bench_dcpm.py --schema_lines 2  with half the room for schemas
-    python tests/bench_dcpm.py --mechanisms      only the mechanisms, with all --personas
-    python tests/bench_dcpm.py --heldout         the bank nobody tunes on; the result is logged
+    python tests/experiments/bench_dcpm.py                   two banks of phrases, then what each mechanism is worth
+    python tests/experiments/bench_dcpm.py --schema_lines 2  with half the room for schemas
+    python tests/experiments/bench_dcpm.py --mechanisms      only the mechanisms, with all --personas
+    python tests/experiments/bench_dcpm.py --heldout         the bank nobody tunes on; the result is logged
 """
 import copy
 import json
@@ -24,7 +24,7 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dcpm
 from dcpm_personas import BANKS, KINDS, make_persona
 

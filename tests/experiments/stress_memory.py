@@ -1,7 +1,7 @@
 """Random histories against every invariant: messages, claims, late tellings, reverts, retractions, requests
 to forget, nights, save and load, in any order.
 
-    python tests/stress_memory.py [histories=10000] [seed=0]
+    python tests/experiments/stress_memory.py [histories=10000] [seed=0]
 """
 import json
 import random
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from datetime import date, timedelta
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]  # tests and the scripts
 import dcpm
 from invariants import check
 

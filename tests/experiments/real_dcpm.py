@@ -1,6 +1,6 @@
 """By hand: real language, read by a chat model with a sentence encoder, beside the same story read by rules.
 
-    python tests/real_dcpm.py --backend llm --model DIR_OR_URL --encoder DIR
+    python tests/experiments/real_dcpm.py --backend llm --model DIR_OR_URL --encoder DIR
 
 One person, eight sessions, forty turns: three habits, each in three areas of life and never named, two moves,
 one change of job, one thing asked to be forgotten. One night, then twenty questions. The model answers them
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]  # tests and the scripts
 import dcpm  # noqa: E402
 from invariants import check  # noqa: E402
 

@@ -1,7 +1,7 @@
 """Each training script, killed with -9 at random moments and resumed, must end with the metrics of a run that
 was never stopped, times excepted.
 
-    python tests/stress_resume.py [KILLS [SCRIPT ...]]      20 kills each by default, some minutes a script
+    python tests/experiments/stress_resume.py [KILLS [SCRIPT ...]]      20 kills each by default, some minutes a script
 """
 import random
 import subprocess
@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import ROOT, timeless
 
 FLAGS = ["--steps", "12", "--prompts_per_step", "4", "--group_size", "4", "--eval_tasks", "20",

@@ -1,6 +1,6 @@
 """By hand: does a frozen chat model call the Python tool, and is it right more often?
 
-    python tests/real_tool.py --model DIR --data FILE [--only 0 4]
+    python tests/experiments/real_tool.py --model DIR --data FILE [--only 0 4]
 
 The same problems, greedy, once without the tool and once for each way of asking for it; `common.prompt_ids`
 stays as it is. A call counts if `common.parse_tool_call` reads it; code in a ``` block is none.
@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 
 SHORT = "Use the tool python for every calculation; nobody runs code in a ``` block."

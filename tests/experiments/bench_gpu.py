@@ -1,6 +1,6 @@
 """By hand, on a GPU: what README's commands cost with Qwen3-0.6B as student, Qwen3-4B as teacher and judge.
 
-    python tests/bench_gpu.py --tokenizer Qwen/Qwen3-0.6B [--only sod ropd srpo rollout] [--steps 1]
+    python tests/experiments/bench_gpu.py --tokenizer Qwen/Qwen3-0.6B [--only sod ropd srpo rollout] [--steps 1]
 
 The models have the real shapes and random weights, so nothing but a tokenizer is needed, and every text is as
 long as it may be: the worst case. What such models write is replaced by text of that length which can be
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Qwen3Config
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 import ropd
 import sod

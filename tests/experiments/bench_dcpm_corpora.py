@@ -1,7 +1,7 @@
 """dcpm.py on LoCoMo, LongMemEval and PersonaMem: evidence recall, and with a model answers.
 
-    python tests/bench_dcpm_corpora.py --data locomo10.json [--sample conv-26] [--sessions 5] [--encoder DIR]
-    python tests/bench_dcpm_corpora.py --data contexts.jsonl --backend llm --model DIR --ask 9 --conditions
+    python tests/experiments/bench_dcpm_corpora.py --data locomo10.json [--sample conv-26] [--sessions 5] [--encoder DIR]
+    python tests/experiments/bench_dcpm_corpora.py --data contexts.jsonl --backend llm --model DIR --ask 9 --conditions
 
 The format is detected. Recall is the share of a question's evidence turns among the first 5, 10 and 20.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dcpm
 from bench_dcpm import bm25_scorer, tfidf_scorer, within
 

@@ -1,6 +1,6 @@
 """By hand: a pretrained language model of 135 M parameters, trained by srpo.py's own loop on a CPU.
 
-    python tests/real_training.py --model HuggingFaceTB/SmolLM2-135M-Instruct [--steps 20] [--seeds 1]
+    python tests/experiments/real_training.py --model HuggingFaceTB/SmolLM2-135M-Instruct [--steps 20] [--seeds 1]
 
 The problem: which is the largest of five two-digit numbers? Two solved ones stand in the prompt. GRPO, SDPO
 and SRPO at the paper's ratio of learning rates, 1 : 10 : 5, and GRPO once more at SRPO's rate, 4 problems x 8
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 import srpo
 

@@ -1,6 +1,6 @@
 """By hand: does the suite notice when a mechanism of dcpm.py does nothing?
 
-    python tests/mutate_dcpm.py
+    python tests/experiments/mutate_dcpm.py
 
 Applies seven mutations, one after the other, runs the tests of dcpm.py with each and prints which of them
 fail. Exit code 1 if a mutation goes unnoticed. In the child process this file is a pytest plugin.
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+TESTS_FOLDER = HERE.parent
+sys.path[:0] = [str(TESTS_FOLDER), str(TESTS_FOLDER.parent)]
 import dcpm
 
 TESTS = ("test_dcpm.py", "test_dcpm_llm.py", "test_dcpm_store.py", "-k", "not histories")  # those are slow
@@ -55,7 +56,7 @@ def main():
     for name in ("", *MUTATIONS):
         command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "mutate_dcpm", *TESTS]
         env = {**os.environ, "DCPM_MUTATION": name, "PYTHONPATH": str(HERE)}
-        run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+        run = subprocess.run(command, cwd=TESTS_FOLDER, env=env, capture_output=True, text=True)
         caught = re.findall(r"^FAILED \S+?::(.+?)(?: - |$)", run.stdout, re.M)
         summary = run.stdout.strip().splitlines()[-1]
         print(f"{name or 'no mutation'}: {summary}", *caught, sep="\n    ", flush=True)

@@ -1,13 +1,13 @@
 """How writing and reading grow: turns a second, recall and nights on the way to 100,000 beliefs.
 
-    python tests/bench_memory.py [largest=100000]
+    python tests/experiments/bench_memory.py [largest=100000]
 """
 import random
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dcpm
 
 VERBS = "saw met painted heard visited fixed cleaned drew found kept moved opened closed".split()
