@@ -30,7 +30,7 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Callable, ClassVar, Literal, NoReturn
+from typing import Callable, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -59,15 +59,16 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def option(default, help: str):
-    return field(default=default, metadata={"help": help})
+def option(default, help: str, **how):
+    """A field of a Config; how: more of argparse's keywords, such as `choices`."""
+    return field(default=default, metadata={"help": help, **how})
 
 
 @dataclass
 class Config:
     tiny_tokens: ClassVar[int] = 96  # --max_new_tokens on the chain task
     model: str = option("tiny", "student: 'tiny' (built and fitted here), a Hugging Face id or a folder")
-    method: Literal["grpo"] = option("grpo", "the baseline is the only one here")
+    method: str = option("grpo", "the baseline is the only one here", choices=["grpo"])
     data: str = option("chain", "'chain' (generated), a hub dataset id, or a jsonl, json, csv, parquet file")
     steps: int = option(60, "training steps")
     prompts_per_step: int = option(8, "problems a step")
@@ -530,8 +531,12 @@ class Rollouts:
     prompt_length: int             # columns of the padded prompt
     finished: torch.Tensor         # (B,) the model ended its last turn itself, without asking for a tool
     texts: list[str]               # text of the last turn: what the reward reads
-    steps: list[list[tuple[int, int]]]  # per row the [start, end) columns of its turns
+    turns: list[list[tuple[int, int]]]  # per row the [start, end) columns of its turns
     tool_status: list[list[str]]   # per row and turn: none, ok, error, timeout
+
+    def part(self, rows, columns=slice(None)):
+        """ids, attention_mask, mask of some rows and columns, (b, t) each."""
+        return self.ids[rows, columns], self.attention_mask[rows, columns], self.mask[rows, columns]
 
 
 @dataclass
@@ -557,9 +562,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
     """
     assert not model.training, "rollouts need model.eval(): gradient checkpointing would switch the cache off"
     device, end = model.device, end_of_turn(tok)
-    prompts = [prompt_ids(tok, task.messages, tool, thinking) for task in tasks]
-    new = padded(prompts, tok.pad_token_id, left=True, device=device)                       # (tasks, P)
-    seen = padded([[1] * len(p) for p in prompts], 0, left=True, device=device)             # (tasks, P)
+    new, seen = prompt_batch(tok, [task.messages for task in tasks], device, tool, thinking)    # (tasks, P)
     start, last, cache = new.shape[1], new.shape[1] + max_new_tokens, DynamicCache(config=model.config)
     ids, attention = (x.repeat_interleave(group_size, 0) for x in (new, seen))              # (B, P) each
     ids = F.pad(ids, (0, max_new_tokens), value=tok.pad_token_id)                           # (B, last)
@@ -604,7 +607,7 @@ def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None,
     texts = [tok.decode(row.turn) if row.turn else row.text for row in rows]
     status = [row.status + ["none"] * bool(row.turn) for row in rows]
     finished = torch.tensor([row.finished for row in rows], device=device)                      # (B,)
-    return Rollouts(*used, start, finished, texts, [step_spans(row) for row in used[2].tolist()], status)
+    return Rollouts(*used, start, finished, texts, [turn_spans(row) for row in used[2].tolist()], status)
 
 
 def close_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
@@ -636,13 +639,21 @@ def padded(sequences, value, left: bool = False, device=None):
     return torch.tensor([f + s if left else s + f for s, f in zip(sequences, fill)], device=device)
 
 
+def prompt_batch(tok, conversations: list, device, tool: Tool | None = None, thinking: bool = False):
+    """Chat messages of n conversations -> ids, attention_mask, left-padded, (n, P) each."""
+    prompts = [prompt_ids(tok, messages, tool, thinking) for messages in conversations]
+    ones = [[1] * len(prompt) for prompt in prompts]
+    ids = padded(prompts, tok.pad_token_id, left=True, device=device)
+    return ids, padded(ones, 0, left=True, device=device)
+
+
 def positions(attention_mask):
     """(B, T) -> (B, T): positions count real tokens, so padding on either side changes nothing."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def step_spans(mask: list[int]) -> list[tuple[int, int]]:
-    """Steps = maximal runs of 1 in one row of the mask, as [start, end) columns."""
+def turn_spans(mask: list[int]) -> list[tuple[int, int]]:
+    """Turns = maximal runs of 1 in one row of the mask, as [start, end) columns."""
     edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
     return list(zip(edges[::2], edges[1::2]))
 
@@ -656,10 +667,10 @@ def rewards(rollouts: Rollouts, tasks: list[Task]):
 
 def transcript(tok, rollouts: Rollouts, row: int) -> str:
     """One rollout for people: what the model wrote, with the tools' texts in [brackets]."""
-    ids, steps = rollouts.ids[row], rollouts.steps[row]
-    said = [tok.decode(ids[start:end], skip_special_tokens=True).strip() for start, end in steps]
-    for k in range(1, len(steps)):
-        heard = re.split("</?tool_response>", tok.decode(ids[steps[k - 1][1]:steps[k][0]]))[1]
+    ids, turns = rollouts.ids[row], rollouts.turns[row]
+    said = [tok.decode(ids[start:end], skip_special_tokens=True).strip() for start, end in turns]
+    for k in range(1, len(turns)):
+        heard = re.split("</?tool_response>", tok.decode(ids[turns[k - 1][1]:turns[k][0]]))[1]
         said[k] = f"[{heard.strip()}] {said[k]}"
     return " ".join(said).replace("\n", " ")
 
@@ -711,11 +722,16 @@ def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with
         logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)        # (n,)
         return (logp, entropy_of(logits.detach().log_softmax(1))) if with_entropy else logp
 
-    def spread(values):                                                             # (N,) -> (B, T)
-        return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask.bool(), values)
     hidden = hidden_at(model, ids, attention_mask, mask)                            # (N, H)
     values = over_vocab_chunks(hidden, model.get_output_embeddings(), fn, ids[mask.bool()])
-    return tuple(map(spread, values)) if with_entropy else spread(values)
+    if with_entropy:
+        return on_grid(mask, values[0]), on_grid(mask, values[1])
+    return on_grid(mask, values)
+
+
+def on_grid(mask, values):
+    """Values of the tokens under `mask`, (N,) -> (B, T), 0 elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask.bool(), values)
 
 
 def micro_batches(rollouts: Rollouts, rows: list[int], size: int):
@@ -756,6 +772,12 @@ def group_advantages(rewards, group_size: int, std: bool = True):
         advantages = advantages / (grouped.std(1, keepdim=True) + 1e-6)
     flat = grouped.amax(1, keepdim=True) == grouped.amin(1, keepdim=True)
     return advantages.masked_fill(flat, 0.0).flatten().float()
+
+
+def uniform_groups(rewards, group_size: int) -> dict:
+    """How many groups have no advantage, because all their rewards are 0 or all are 1."""
+    means = rewards.view(-1, group_size).mean(1)                                    # (groups,)
+    return {"all wrong": int((means == 0).sum()), "all right": int((means == 1).sum())}
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_high: float = 0.28,
@@ -852,11 +874,12 @@ class Run:
             fail(f"{self.folder} exists; if it is a run, --overwrite replaces it and --resume goes on")
         self.began = time.time() - self.notes["seconds"]  # the time before a stop counts too
 
-    def track(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
+    def open_folder(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
         """Names what a checkpoint holds, restores it on --resume, returns the first step to do. modules: the
         student, the optimiser, whatever else has a state_dict. Only now, with data and models loaded, is
         anything written: a start that fails on bad input leaves an earlier run as it was."""
-        self.modules, self.generator, self.dice, config = modules, generator, dice, self.config
+        self.modules = modules = [module for module in modules if module is not None]
+        self.generator, self.dice, config = generator, dice, self.config
         size = modules[0].num_parameters() / 1e6
         print(f"{self.script}.py  {config.method}  {config.model} model, {size:.2f} M parameters | "
               f"{modules[0].device}, {torch.get_num_threads()} thread(s) | seed {config.seed} | "
@@ -908,6 +931,11 @@ class Run:
         print(f"step {step:>{len(str(steps))}}/{steps}  {values}  {seconds:.2f}s", flush=True)
         self.log({"step": step, **shown, **more, "seconds": seconds})
 
+    def show(self, step: int, tok, tasks: list[Task], rollouts: Rollouts) -> None:
+        """Prints the first problem and its first rollout, every --show_every steps."""
+        if self.config.show_every and step % self.config.show_every == 0:
+            print(f"      {tasks[0].messages[-1]['content']}\n      > {transcript(tok, rollouts, 0)}")
+
     def evaluated(self, when, result: dict) -> None:
         """when: 'before', 'after' or the number of a step."""
         accuracy, self.last_eval = result["accuracy"], (when, result)
@@ -918,7 +946,7 @@ class Run:
         self.notes.setdefault("before", result)
         self.notes["best"] = max(self.notes.get("best", 0.0), accuracy)
 
-    def watch(self, rollouts: Rollouts, reward, norm: float) -> dict:
+    def rollout_figures(self, rollouts: Rollouts, reward, norm: float) -> dict:
         """Figures of a step; warns of what keeps a model from learning. reward: (B,), or of some groups."""
         groups, tokens = reward.view(-1, self.config.group_size), rollouts.mask.sum()   # (groups, group_size)
         flat = int((groups.amax(1) == groups.amin(1)).sum())
@@ -953,6 +981,23 @@ class Run:
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         print(f"wrote {self.folder}/  total {summary['seconds']:.0f} s", flush=True)
         return summary
+
+
+def trends(metrics: Path, keys) -> dict:
+    """For a summary: speed of learning; of each key, means over the first and last ten steps that have it."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    evaluations = [r for r in records if isinstance(r.get("eval"), int)]
+    result = {}
+    if evaluations:
+        accuracies = [r["accuracy"] for r in evaluations]
+        result["mean accuracy"] = sum(accuracies) / len(accuracies)
+        reached = [r["step"] for r in evaluations if r["accuracy"] >= 0.9]
+        result["steps to .9"] = reached[0] if reached else evaluations[-1]["step"]
+    for key in keys:
+        values = [r[key] for r in records if key in r]
+        for when, ten in (("first", values[:10]), ("last", values[-10:])):
+            result[f"{key}, {when}"] = sum(ten) / len(ten) if ten else None
+    return result
 
 
 def table(rows: list[list], head: list[str]) -> str:
@@ -1190,7 +1235,7 @@ def train(config: Config) -> dict:
     rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
     measure = functools.partial(evaluate, student, tok, held_out, **config.sampling)
 
-    first = run.track([student, optimizer], generator, rng)
+    first = run.open_folder([student, optimizer], generator, rng)
     if not config.resume:
         run.evaluated("before", measure())
     for step in range(first, config.steps):
@@ -1203,9 +1248,8 @@ def train(config: Config) -> dict:
         advantages = group_advantages(reward, config.group_size)                    # (B,)
         norm = update(student, optimizer, rollouts, advantages[:, None], config, step)
 
-        run.step(step + 1, started, {"solved": float(reward.mean()), **run.watch(rollouts, reward, norm)})
-        if config.show_every and step % config.show_every == 0:
-            print(f"      {tasks[0].messages[-1]['content']}\n      > {transcript(tok, rollouts, 0)}")
+        run.step(step + 1, started, {"solved": float(reward.mean()), **run.rollout_figures(rollouts, reward, norm)})
+        run.show(step, tok, tasks, rollouts)
         run.end_step(step + 1, measure)
     return run.finish(student, tok, measure)
 

@@ -526,7 +526,7 @@ def train(config: Config) -> dict:
     def measure():
         return common.evaluate(student, tok, held_out, **config.sampling)
 
-    first = run.track([student, optimizer], generator, rng)
+    first = run.open_folder([student, optimizer], generator, rng)
     if not config.resume:
         run.notes |= {"judge_calls": 0, "left_out": [], "aucs": []}
         run.evaluated("before", measure())
@@ -594,7 +594,7 @@ def log_step(run, step, started, rollouts, reward, correct, kept, groups, tally,
     run.notes["left_out"].append(lost)
     run.notes["aucs"] += [ordered] if ordered is not None else []
     shown = {"reward": float(reward.mean()) if len(reward) else "-", "solved": float(correct.mean()),
-             "auc": "-" if ordered is None else ordered, **run.watch(rollouts, reward, norm),
+             "auc": "-" if ordered is None else ordered, **run.rollout_figures(rollouts, reward, norm),
              "judge calls": tally["calls"], "left out": f"{lost}/{len(groups)}"}
     run.step(step + 1, started, shown, missing=dict(left_out), judge_tally=dict(tally),
              wrong_totals=sum(g.wrong_totals for g in groups),

@@ -290,7 +290,7 @@ def train(config: Config) -> dict:
         still = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(0))
         return common.evaluate(student, tok, held_out, tool=still, **config.sampling)
 
-    first = run.track([student, optimizer], generator, rng, tool_rng)
+    first = run.open_folder([student, optimizer], generator, rng, tool_rng)
     if not config.resume:
         run.evaluated("before", measure())
     for step in range(first, 0 if config.method == "sft" else config.steps):
@@ -307,7 +307,7 @@ def train(config: Config) -> dict:
             teacher_logps, _ = common.score(teacher, rollouts, config.temperature, config.micro_batch)
         reward = common.rewards(rollouts, tasks)                                    # (B,)
         outcome = common.group_advantages(reward, config.group_size)                # (B,)
-        weights = token_weights(logps, teacher_logps, rollouts.steps, rollouts.tool_status, rule,
+        weights = token_weights(logps, teacher_logps, rollouts.turns, rollouts.tool_status, rule,
                                 config.delta)                                       # (B, T)
         advantages = sod_advantages(outcome, logps, teacher_logps, weights, rollouts.mask, grpo,
                                     config.coefficient * distill)                   # (B, T)
@@ -320,7 +320,7 @@ def train(config: Config) -> dict:
             "solved": float(reward.mean()), "|A|": float(advantages.abs().sum() / tokens),
             "kl(teacher)": float(((logps - teacher_logps) * rollouts.mask).sum() / tokens),
             "weight": float(weights.sum() / tokens), "turns": len(statuses) / len(reward),
-            "failed calls": float(np.mean(failed or [0])), **run.watch(rollouts, reward, norm)},
+            "failed calls": float(np.mean(failed or [0])), **run.rollout_figures(rollouts, reward, norm)},
             rollout_seconds=sampled - started, score_seconds=scored - sampled)
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {common.transcript(tok, rollouts, 0)}")
@@ -387,7 +387,7 @@ def step_records(config: Config, count: int) -> list[dict]:
     teacher, tok, tasks, rollouts, teacher_logps, teacher_entropy = look(config, count)
     records, prefixes, rights = [], [], []
     for i, task in enumerate(tasks):
-        spans, row = rollouts.steps[i], rollouts.ids[i].tolist()
+        spans, row = rollouts.turns[i], rollouts.ids[i].tolist()
         turns = [tok.decode(row[a:b], skip_special_tokens=True) for a, b in spans]
         d = step_divergence(rollouts.logps[i], teacher_logps[i], spans)
         w = step_weights(d, config.delta)
@@ -433,7 +433,7 @@ def cascade(config: Config, count: int = 500) -> None:
 def explain(config: Config) -> None:
     """One rollout token by token: the distillation part (the outcome advantage would need a group)."""
     _, tok, tasks, rollouts, teacher_logps, teacher_entropy = look(config, 8)
-    status, steps, rows = rollouts.tool_status, rollouts.steps, []
+    status, steps, rows = rollouts.tool_status, rollouts.turns, []
     i = max(range(len(tasks)), key=lambda j: len(set(status[j])) + len(steps[j]) / 100)  # an eventful one
     rule, _, _ = METHODS[config.method]
     weights = token_weights(rollouts.logps, teacher_logps, steps, status, rule, config.delta)   # (B, T)

@@ -356,7 +356,7 @@ def train(config: Config) -> dict:
     def measure():
         return common.evaluate(student, tok, held_out, **config.sampling)
 
-    first = run.track([student, optimizer] + [teacher] * bool(teacher), generator, rng)
+    first = run.open_folder([student, optimizer] + [teacher] * bool(teacher), generator, rng)
     if not config.resume:
         if config.gate_tasks:
             run.log({"gates": gates(student, tok, held_out[:config.gate_tasks], config)})
@@ -380,7 +380,7 @@ def train(config: Config) -> dict:
                      "negative GRPO advantage instead of a teacher; raise it, or shorten the answers")
         run.step(step + 1, started, {
             "solved": float(reward.mean()), **log, "all wrong": int((group_mean == 0).sum()),
-            "all right": int((group_mean == 1).sum()), **run.watch(rollouts, reward, norm)},
+            "all right": int((group_mean == 1).sum()), **run.rollout_figures(rollouts, reward, norm)},
             too_long=too_long, **times)
         if config.show_every and step % config.show_every == 0:
             print(f"      {tasks[0].messages[-1]['content']}\n      > {common.transcript(tok, rollouts, 0)}")

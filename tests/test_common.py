@@ -222,7 +222,7 @@ def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
         assert out.ids[i, out.prompt_length:][:length].tolist() == expected
         assert out.mask[i, out.prompt_length:][:length].tolist() == mask
         assert int(out.mask[i].sum()) == sum(mask)
-        assert len(out.steps[i]) == len(turns)
+        assert len(out.turns[i]) == len(turns)
     assert out.tool_status == [["ok", "error", "none"], ["none"], ["error", "none"]]
     assert out.finished.tolist() == [True] * 3 and out.texts == ["\\boxed{7}", "\\boxed{3}", "\\boxed{9}"]
     assert common.rewards(out, [ask("")] * 3).tolist() == [1.0, 0.0, 0.0]

@@ -15,8 +15,8 @@ from conftest import ROOT, steps_of, timeless
 
 # ---------------------------------------------------------------------------------------- equations
 def test_steps_are_runs_of_the_mask():
-    assert common.step_spans([1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0]) == [(0, 2), (4, 5), (6, 9)]
-    assert common.step_spans([0, 0, 0]) == [] and common.step_spans([1, 1]) == [(0, 2)]
+    assert common.turn_spans([1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0]) == [(0, 2), (4, 5), (6, 9)]
+    assert common.turn_spans([0, 0, 0]) == [] and common.turn_spans([1, 1]) == [(0, 2)]
 
 
 def test_absolute_value_is_inside_the_mean():
@@ -120,7 +120,7 @@ def test_demonstrations_are_what_a_rollout_would_have_produced():
         task = common.chain_task(rng)
         turns = sod.demonstrate(rng, task, sod.STUDENT, tool)
         ids, mask = sod.conversation(tok, task, turns, tool)
-        assert len(common.step_spans(mask)) == len(turns) <= 8
+        assert len(common.turn_spans(mask)) == len(turns) <= 8
         text = tok.decode(ids, skip_special_tokens=False)
         said_and_heard = [pair for turn in turns for pair in zip(("assistant", "tool"), turn) if pair[1]]
         messages = task.messages + [{"role": role, "content": text} for role, text in said_and_heard]
