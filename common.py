@@ -14,6 +14,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -102,7 +103,9 @@ class Config:
 
     @property
     def rate(self) -> float:
-        return self.lr if self.lr is not None else 3e-4 if self.model == "tiny" else 1e-6
+        if self.lr is not None:
+            return self.lr
+        return 3e-4 if self.model == "tiny" else 1e-6
 
 
 def parse(config_class, argv=None):
@@ -112,12 +115,11 @@ def parse(config_class, argv=None):
     config = config_class(**vars(parser.parse_args(argv)))
     counts = ("prompts_per_step", "group_size", "minibatches", "max_turns", "eval_tasks", "seeds")
     for name, value in vars(config).items():
-        least = 0.01 if name == "temperature" else int(name in counts)
+        least = 1 if name in counts else 0
         if type(value) in (int, float) and not least <= value < math.inf:
             fail(f"--{name} {value} is out of range; give {least} or more")
-    for flags in (("resume", "overwrite"), ("compare", "explain", "cascade", "plot")):
-        if len(given := [f"--{flag}" for flag in flags if getattr(config, flag, False)]) > 1:
-            fail(f"{' and '.join(given)} contradict each other; give one of them")
+    if config.temperature < 0.01:
+        fail(f"--temperature {config.temperature}: training samples; give 0.01 or more")
     return config
 
 
@@ -127,8 +129,9 @@ def setup(config) -> torch.device:
     tiny = config.model == "tiny"
     if config.threads or tiny:
         torch.set_num_threads(config.threads or 1)
-    usual = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
-    name = usual if config.device == "auto" else config.device
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
@@ -187,8 +190,9 @@ def tiny_model(tok, seed: int, hidden_size: int = 64, layers: int = 2) -> Qwen3F
 
 def save(state: dict, path: Path) -> None:
     """All or nothing: killed at any moment, it leaves the earlier file or the new one."""
-    torch.save(state, f"{path}.{os.getpid()}.tmp")
-    os.replace(f"{path}.{os.getpid()}.tmp", path)
+    unfinished = f"{path}.{os.getpid()}.tmp"
+    torch.save(state, unfinished)
+    os.replace(unfinished, path)
 
 
 def cached(model, key, build: Callable, fresh: bool = False):
@@ -205,21 +209,33 @@ def cached(model, key, build: Callable, fresh: bool = False):
     return model.eval()
 
 
-def fit_tiny(name: str, model, docs, steps: int, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
+def batches_of(docs: list, rng: random.Random, size: int = 32) -> list[list]:
+    """All documents, shuffled. Those of similar length share a batch, which halves the padding."""
+    order = rng.sample(docs, len(docs))
+    batches = []
+    for start in range(0, len(order), 512):
+        pool = sorted(order[start:start + 512], key=lambda doc: len(doc[0]))
+        batches += [pool[i:i + size] for i in range(0, len(pool), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def fit_tiny(name: str, model, docs: list, steps: int, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
     """Next-token fit of a tiny model, cached. docs: (ids, mask), lists; the loss is where mask is 1."""
     def build():
-        rng, batches = random.Random(seed), []
+        rng = random.Random(seed)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+        batches = []
         model.train()
         for step in progress(range(steps), desc=f"fitting {name}"):
-            if not batches:  # documents of similar length share a batch of 32, which halves the padding
-                order = rng.sample(docs, len(docs))
-                pools = [sorted(order[i:i + 512], key=lambda d: len(d[0])) for i in range(0, len(docs), 512)]
-                batches = [pool[i:i + 32] for pool in pools for i in range(0, len(pool), 32)]
-                rng.shuffle(batches)
-            ids, mask = (padded(rows, 0) for rows in zip(*batches.pop()))           # (B, T) each
+            if not batches:
+                batches = batches_of(docs, rng)
+            batch = batches.pop()
+            ids = padded([ids for ids, _ in batch], 0)                              # (B, T)
+            mask = padded([mask for _, mask in batch], 0)                           # (B, T)
             # Right padding needs no attention mask under causal attention: no real token can look at a pad.
-            (-token_logps(model, ids, None, mask).sum() / mask.sum()).backward()
+            loss = -token_logps(model, ids, None, mask).sum() / mask.sum()
+            loss.backward()
             ramp = min((step + 1) / 50, (steps - step) / steps)
             apply_gradients(model, optimizer, step, lr * ramp, warmup=1)
     return cached(model, ["fit", docs, steps, lr, seed], build, fresh)
@@ -238,7 +254,7 @@ def mixed_precision(device) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def load_pretrained(name: str, kind, dtype):
+def load_pretrained(name: str, kind: type, dtype):
     """Hugging Face id or folder -> (model of the class `kind`, tokenizer); one sentence if there is none."""
     offline = Path(name).exists() or not hub_reachable()
     try:
@@ -252,10 +268,14 @@ def load_pretrained(name: str, kind, dtype):
 def load_model(name: str, device, trainable: bool = True):
     """Hugging Face id or folder -> (model, tokenizer), to be trained (fp32) or frozen."""
     bf16 = mixed_precision(device)
-    # Frozen on a CPU it keeps its type, bf16 only where the CPU has instructions for it: else 8 times slower.
-    stored = "auto" if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
-    # fp32 master weights: bf16 ones would swallow updates of 1e-6
-    dtype = torch.float32 if trainable else torch.bfloat16 if bf16 else stored
+    if trainable:
+        dtype = torch.float32  # bf16 master weights would swallow updates of 1e-6
+    elif bf16:
+        dtype = torch.bfloat16
+    elif torch.cpu.get_capabilities().get("avx512_bf16"):
+        dtype = "auto"  # as it is stored; on a CPU without instructions for bf16 that is 8 times slower
+    else:
+        dtype = torch.float32
     model, tok = load_pretrained(name, AutoModelForCausalLM, dtype)
     if tok.chat_template is None:
         fail(f"the tokenizer of '{name}' has no chat template; take an instruction-tuned model")
@@ -277,21 +297,25 @@ ASK = ". Put the last value in \\boxed{}."
 CHAIN_ATOMS = ["Start with ", ", work modulo ", ": ", ", ", ASK, "\\boxed{", "10"]
 
 
-def chain_task(rng, operations=(3, 5), modulus: int = 10) -> Task:
+def chain_task(rng: random.Random, operations: tuple = (3, 5), modulus: int = 10) -> Task:
     """A chain of + - *, left to right, modulo `modulus`; without the letters a tiny model miscounts."""
-    start, labels = rng.randrange(modulus), "ABCDEFGH"[:rng.randint(*operations)]
-    steps = [f"{label}{rng.choice('+-*')}{rng.randrange(1, modulus)}" for label in labels]
-    text = f"Start with {start}, work modulo {modulus}: {', '.join(steps)}{ASK}"
-    return Task([{"role": "user", "content": text}], str(parse_chain(text)[0][-1]))
+    start = rng.randrange(modulus)
+    labels = "ABCDEFGH"[:rng.randint(*operations)]
+    parts = [f"{label}{rng.choice('+-*')}{rng.randrange(1, modulus)}" for label in labels]
+    text = f"Start with {start}, work modulo {modulus}: {', '.join(parts)}{ASK}"
+    values, _, _ = parse_chain(text)
+    return Task([{"role": "user", "content": text}], str(values[-1]))
 
 
 def parse_chain(text: str) -> tuple[list[int], int, list[tuple[str, str, int]]]:
-    """Problem text -> ([start, value after each operation], modulus, [(label, operation, operand), ...])."""
+    """Problem text -> ([start, value after each operation], modulus, [(label, sign, operand), ...])."""
     start, modulus = map(int, re.search(r"Start with (\d+), work modulo (\d+):", text).groups())
-    steps, values = [(a, b, int(c)) for a, b, c in re.findall(r"\b([A-H])([+*-])(\d+)", text)], [start]
-    for _, operation, operand in steps:
-        values.append(APPLY[operation](values[-1], operand) % modulus)
-    return values, modulus, steps
+    values = [start]
+    operations = []
+    for label, sign, operand in re.findall(r"\b([A-H])([+*-])(\d+)", text):
+        operations.append((label, sign, int(operand)))
+        values.append(APPLY[sign](values[-1], int(operand)) % modulus)
+    return values, modulus, operations
 
 
 def load_tasks(source: str, eval_tasks: int, make_chain=chain_task, a_step: int = 1):
@@ -309,38 +333,42 @@ def load_tasks(source: str, eval_tasks: int, make_chain=chain_task, a_step: int 
 
 
 def read_rows(source: str) -> list[dict]:
-    """JSON lines, one JSON list, csv, parquet or a hub id -> rows."""
-    kind = Path(source).suffix[1:]
+    """jsonl, json, csv or parquet file, or a hub id -> rows."""
+    import datasets  # slow to import, so only where it is needed
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(50)  # critical: else it tells of a bad file, too
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(source).suffix)
     try:
-        if kind in ("jsonl", "json"):  # not through `datasets`, which would not name a bad line
-            text = Path(source).read_text(encoding="utf-8").strip()
-            return json.loads(text if text.startswith("[") else "[" + text.replace("\n", ",\n") + "]")
-        import datasets  # slow to import, so only where it is needed
-        datasets.disable_progress_bars()
-        datasets.utils.logging.set_verbosity(50)  # critical: else it tells of a bad file, too
-        if kind in ("csv", "parquet"):
+        if kind:
             return list(datasets.load_dataset(kind, data_files=source, split="train"))
         if not hub_reachable():
             raise ConnectionError("no such file, and no network")
         configs = datasets.get_dataset_config_names(source)
-        return list(datasets.load_dataset(source, "main" if "main" in configs else configs[0], split="train"))
+        config = "main" if "main" in configs else configs[0]
+        return list(datasets.load_dataset(source, config, split="train"))
     except Exception as error:  # the hub alone has a dozen kinds; all mean the same to the user
-        fail(f"cannot read {source} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+        reason = error.__cause__ or error  # `datasets` wraps what was wrong with a file
+        fail(f"cannot read {source} ({type(reason).__name__}: {' '.join(str(reason).split())[:200]}); "
              "give 'chain', a jsonl, json, csv or parquet file, or, with a network, a hub id")
 
 
 def row_to_task(row: dict, where: str) -> Task:
     """One dataset row -> Task. Columns: question, problem or prompt (a text or a list of chat messages);
     answer or solution; optional system."""
-    asked = row.get("question") or row.get("problem") or row.get("prompt")
-    answer, system = row.get("answer", row.get("solution")), row.get("system")
+    def first_of(*names):
+        return next((row[name] for name in names if row.get(name) is not None), None)
+
+    asked = first_of("question", "problem", "prompt")
+    answer = first_of("answer", "solution")
     if not isinstance(asked, (str, list)) or answer is None:
         fail(f"{where} has {sorted(row)}, but needs question, problem or prompt (a text), answer or solution")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-    if not any(mark in m["content"] for m in messages for mark in ("boxed", "<answer>")):
-        last = messages[-1]["content"] + "\n\nPut the final answer in \\boxed{}."
-        messages[-1] = {**messages[-1], "content": last}
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    if row.get("system"):
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    text = " ".join(message["content"] for message in messages)
+    if "boxed" not in text and "<answer>" not in text:
+        *earlier, last = messages
+        messages = [*earlier, {**last, "content": last["content"] + "\n\nPut the final answer in \\boxed{}."}]
     return Task(messages, final_answer(str(answer)) or str(answer).strip())
 
 
@@ -350,7 +378,8 @@ def final_answer(text: str) -> str | None:
     boxed = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # with braces inside, two deep
     number_or_letter = r"\A\s*([A-Z]|[-+$]?[\d.,]*\d%?)\.?\s*\Z"
     for pattern in (boxed, r"<answer>(.*?)</answer>", r"####\s*([^\n]+)", number_or_letter):
-        if found := re.findall(pattern, text, re.DOTALL):
+        found = re.findall(pattern, text, re.DOTALL)
+        if found:
             return found[-1].strip()
     return None
 
@@ -774,12 +803,6 @@ def group_advantages(rewards, group_size: int, std: bool = True):
     return advantages.masked_fill(flat, 0.0).flatten().float()
 
 
-def uniform_groups(rewards, group_size: int) -> dict:
-    """How many groups have no advantage, because all their rewards are 0 or all are 1."""
-    means = rewards.view(-1, group_size).mean(1)                                    # (groups,)
-    return {"all wrong": int((means == 0).sum()), "all right": int((means == 1).sum())}
-
-
 def policy_loss(logps, old_logps, advantages, mask, clip_low: float = 0.2, clip_high: float = 0.28,
                 dual_clip: float = 3.0, denominator=None):
     """Clipped policy-gradient loss: sum of the token losses under `mask` / denominator (default: its tokens).
@@ -823,70 +846,94 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
     return norm
 
 
-def evaluate(model, tok, tasks, **sampling) -> dict:
-    """Accuracy with standard error, length, share finished; the seed is fixed: same dice for all methods."""
-    n, rows = len(tasks), 64 if mixed_precision(model.device) else 32  # at once, for the KV cache's sake
-    size = 512 if model.num_parameters() < 1e7 else rows
-    batches, result = [tasks[i:i + size] for i in range(0, n, size)], {}
-    for prefix, T in (("", 1.0), ("greedy_", 0.0)):  # in this order: a tool's dice go on
-        dice = torch.Generator(model.device).manual_seed(1234)
-        outs = [rollout(model, tok, batch, generator=dice, temperature=T, **sampling) for batch in batches]
-        right = torch.cat([rewards(out, batch) for out, batch in zip(outs, batches)])   # (tasks,)
-        result[prefix + "accuracy"], result[prefix + "se"] = float(right.mean()), float(right.std()) / n**0.5
-        if T:
-            result["length"] = sum(int(out.mask.sum()) for out in outs) / n
-            result["finished"] = sum(int(out.finished.sum()) for out in outs) / n
-    return result
+def evaluate(model, tok, tasks: list[Task], **sampling) -> dict:
+    """Accuracy at T = 1 and greedy, standard errors, mean length, share finished. Same dice for all methods."""
+    def sample(temperature):
+        generator = torch.Generator(model.device).manual_seed(1234)
+        rollouts = rollout(model, tok, tasks, temperature=temperature, generator=generator, **sampling)
+        return rollouts, rewards(rollouts, tasks)                                   # reward: (tasks,)
+
+    rollouts, right = sample(temperature=1.0)  # in this order: a tool's dice go on
+    _, greedy_right = sample(temperature=0.0)
+    n = len(tasks)
+    return {"accuracy": float(right.mean()), "se": float(right.std()) / n**0.5,
+            "greedy_accuracy": float(greedy_right.mean()), "greedy_se": float(greedy_right.std()) / n**0.5,
+            "length": int(rollouts.mask.sum()) / n, "finished": int(rollouts.finished.sum()) / n}
 
 
 # ------------------------------------------------------------------------------------- runs on disk
-# Flags that may change between a run and its --resume. All others are part of what the run is.
-FREE_FLAGS = {"steps", "out", "resume", "overwrite", "threads", "save_every", "show_every", "plot", "fresh",
-              "compare", "methods", "seeds"}
+# Flags that change no number of a run.
+FREE_FLAGS = ("out", "resume", "overwrite", "threads", "save_every", "show_every", "plot", "fresh", "compare",
+              "methods", "seeds", "explain")
 
 
-def changed_flags(recorded: dict, config) -> list[str]:
-    """The flags of an earlier run that are different now."""
-    return [f"--{k}" for k, v in recorded.items() if k not in FREE_FLAGS and v != getattr(config, k, v)]
+def fingerprint(config, script: str) -> dict:
+    """What the numbers of a run depend on: the flags that matter, and the source of script and common.py."""
+    flags = {name: value for name, value in asdict(config).items() if name not in FREE_FLAGS}
+    here = Path(__file__).parent
+    source = (here / f"{script}.py").read_bytes() + (here / "common.py").read_bytes()
+    return {**flags, "code": hashlib.sha256(source).hexdigest()[:16]}
 
 
 def run_folder(config, script: str) -> Path:
     return Path(config.out or f"runs/{script}-{config.method}-s{config.seed}")
 
 
+def last_state(folder: Path) -> dict | None:
+    """The run's last checkpoint."""
+    path = folder / "state.pt"
+    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+
+
 class Run:
     """A run's folder (metrics.jsonl, summary.json, state.pt, model/), its console lines, its checkpoint."""
 
     def __init__(self, config, script: str):
-        self.config, self.script, self.folder = config, script, run_folder(config, script)
-        self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "state.pt"
-        self.interrupted, self.last_eval = False, (None, {})
-        self.warn = functools.cache(lambda text: print(f"warning: {text}", flush=True))  # each warning once
-        self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0}  # survive --resume
+        self.config = config
+        self.script = script
+        self.folder = run_folder(config, script)
+        self.metrics = self.folder / "metrics.jsonl"
+        self.interrupted = False
+        self.warnings = set()
+        # What survives --resume.
+        self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0,
+                      "fingerprint": fingerprint(config, script)}
         if config.resume:
-            if not self.checkpoint.exists():
-                fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
-            self.state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-            if changed := changed_flags(self.state["config"], config):
-                fail(f"{self.folder} was begun with other values of {', '.join(changed)}; give those again")
-            self.notes = self.state["notes"]
+            self.resume()
         elif any(self.folder.glob("*")) and not (config.overwrite and self.metrics.exists()):
             fail(f"{self.folder} exists; if it is a run, --overwrite replaces it and --resume goes on")
         self.began = time.time() - self.notes["seconds"]  # the time before a stop counts too
+
+    def resume(self) -> None:
+        """Reads the checkpoint. It must be of a run with the same flags; --steps may differ."""
+        self.state = last_state(self.folder)
+        if self.state is None or self.config.overwrite:
+            fail(f"no checkpoint to go on from in {self.folder}; start with --overwrite, without --resume")
+        recorded, now = self.state["notes"]["fingerprint"], self.notes["fingerprint"]
+        changed = [f"--{name}" for name in recorded if recorded[name] != now.get(name)]
+        if "--code" in changed:
+            print("the code has changed since this run began; it goes on with today's", flush=True)
+        changed = [flag for flag in changed if flag not in ("--steps", "--code")]
+        if changed:
+            fail(f"{self.folder} was begun with other values of {', '.join(changed)}; give those again")
+        self.notes = {**self.state["notes"], "fingerprint": now}
 
     def open_folder(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
         """Names what a checkpoint holds, restores it on --resume, returns the first step to do. modules: the
         student, the optimiser, whatever else has a state_dict. Only now, with data and models loaded, is
         anything written: a start that fails on bad input leaves an earlier run as it was."""
-        self.modules = modules = [module for module in modules if module is not None]
-        self.generator, self.dice, config = generator, dice, self.config
-        size = modules[0].num_parameters() / 1e6
-        print(f"{self.script}.py  {config.method}  {config.model} model, {size:.2f} M parameters | "
-              f"{modules[0].device}, {torch.get_num_threads()} thread(s) | seed {config.seed} | "
+        config = self.config
+        self.modules = [module for module in modules if module is not None]
+        self.generator = generator
+        self.dice = dice
+        student = modules[0]
+        print(f"{self.script}.py  {config.method}  {config.model} model, "
+              f"{student.num_parameters() / 1e6:.2f} M parameters | {student.device}, "
+              f"{torch.get_num_threads()} thread(s) | seed {config.seed} | "
               f"{config.steps} steps x {config.prompts_per_step} prompts x {config.group_size} rollouts\n"
               "The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
         if config.resume:
-            for module, state in zip(modules, self.state["modules"], strict=True):
+            for module, state in zip(self.modules, self.state["modules"], strict=True):
                 module.load_state_dict(state)
             generator.set_state(self.state["generator"])
             for rng, state in zip(dice, self.state["dice"], strict=True):
@@ -903,54 +950,23 @@ class Run:
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def end_step(self, step: int, measure: Callable[[], dict]) -> None:
-        """Evaluation and checkpoint, where they are due. A checkpoint replaces the one before."""
-        config, self.notes["step"] = self.config, step
-        if config.eval_every and step % config.eval_every == 0:
-            self.evaluated(step, measure())
-        due = config.save_every and (step % config.save_every == 0 or step == config.steps)
-        if due or self.interrupted:
-            self.notes |= {"seconds": time.time() - self.began, "bytes": self.metrics.stat().st_size}
-            save({"notes": self.notes, "config": asdict(config),
-                  "modules": [module.state_dict() for module in self.modules],
-                  "generator": self.generator.get_state(),
-                  "dice": [rng.getstate() for rng in self.dice]}, self.checkpoint)
-        if self.interrupted:
-            print(f"stopped after step {step}; --resume goes on from there", flush=True)
-            raise SystemExit(130)
+    def warn(self, text: str) -> None:
+        """Each warning once."""
+        if text not in self.warnings:
+            self.warnings.add(text)
+            print(f"warning: {text}", flush=True)
 
     def log(self, record: dict) -> None:
         with open(self.metrics, "a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def step(self, step: int, started: float, shown: dict, **more) -> None:
-        """One line on the console (`shown`), one object in metrics.jsonl (`shown` and `more`)."""
-        seconds, steps = time.time() - started, self.config.steps
-        self.notes["step_seconds"] += seconds
-        values = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
-        print(f"step {step:>{len(str(steps))}}/{steps}  {values}  {seconds:.2f}s", flush=True)
-        self.log({"step": step, **shown, **more, "seconds": seconds})
-
-    def show(self, step: int, tok, tasks: list[Task], rollouts: Rollouts) -> None:
-        """Prints the first problem and its first rollout, every --show_every steps."""
-        if self.config.show_every and step % self.config.show_every == 0:
-            print(f"      {tasks[0].messages[-1]['content']}\n      > {transcript(tok, rollouts, 0)}")
-
-    def evaluated(self, when, result: dict) -> None:
-        """when: 'before', 'after' or the number of a step."""
-        accuracy, self.last_eval = result["accuracy"], (when, result)
-        gain = f"  ({accuracy - self.notes['before']['accuracy']:+.3f})" if when == "after" else ""
-        print(f"eval {when}  accuracy {accuracy:.3f} +- {result['se']:.3f} at T = 1, "
-              f"{result['greedy_accuracy']:.3f} greedy, length {result['length']:.0f}{gain}", flush=True)
-        self.log({"eval": when, "step": self.notes["step"], **result})
-        self.notes.setdefault("before", result)
-        self.notes["best"] = max(self.notes.get("best", 0.0), accuracy)
-
     def rollout_figures(self, rollouts: Rollouts, reward, norm: float) -> dict:
         """Figures of a step; warns of what keeps a model from learning. reward: (B,), or of some groups."""
-        groups, tokens = reward.view(-1, self.config.group_size), rollouts.mask.sum()   # (groups, group_size)
+        groups = reward.view(-1, self.config.group_size)                            # (groups, group_size)
+        tokens = rollouts.mask.sum()
         flat = int((groups.amax(1) == groups.amin(1)).sum())
-        entropy, cut = float(rollouts.entropy.sum() / tokens), float((~rollouts.finished).float().mean())
+        entropy = float(rollouts.entropy.sum() / tokens)
+        cut = float((~rollouts.finished).float().mean())
         if flat == len(groups) > 0 and groups.shape[1] > 1:
             self.warn("no group has different rewards; take easier or harder problems or raise --group_size")
         if cut > 0.5:
@@ -963,19 +979,64 @@ class Run:
         return {"entropy": entropy, "grad": norm, "length": float(tokens / len(rollouts.mask)), "cut": cut,
                 "flat groups": f"{flat}/{len(groups)}"}
 
+    def step(self, step: int, started: float, figures: dict, **more) -> None:
+        """One line on the console (`figures`), one object in metrics.jsonl (`figures` and `more`)."""
+        seconds = time.time() - started
+        self.notes["step_seconds"] += seconds
+        values = [f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()]
+        steps = self.config.steps
+        print(f"step {step:>{len(str(steps))}}/{steps}  {'  '.join(values)}  {seconds:.2f}s", flush=True)
+        self.log({"step": step, **figures, **more, "seconds": seconds})
+
+    def show(self, step: int, tok, tasks: list[Task], rollouts: Rollouts) -> None:
+        """Prints the first problem and its first rollout, every --show_every steps."""
+        if self.config.show_every and step % self.config.show_every == 0:
+            print(f"      {tasks[0].messages[-1]['content']}\n      > {transcript(tok, rollouts, 0)}")
+
+    def end_step(self, step: int, measure: Callable[[], dict]) -> None:
+        """Evaluation and checkpoint, where they are due. A checkpoint replaces the one before."""
+        config = self.config
+        self.notes["step"] = step
+        if config.eval_every and step % config.eval_every == 0:
+            self.evaluated(step, measure())
+        due = config.save_every and (step % config.save_every == 0 or step == config.steps)
+        if due or self.interrupted:
+            self.notes["seconds"] = time.time() - self.began
+            self.notes["bytes"] = self.metrics.stat().st_size
+            modules = [module.state_dict() for module in self.modules]
+            dice = [rng.getstate() for rng in self.dice]
+            state = {"notes": self.notes, "modules": modules, "generator": self.generator.get_state(),
+                     "dice": dice}
+            save(state, self.folder / "state.pt")
+        if self.interrupted:
+            print(f"stopped after step {step}; --resume goes on from there", flush=True)
+            raise SystemExit(130)
+
+    def evaluated(self, when: str | int, result: dict) -> None:
+        """when: 'before', 'after' or the number of a step."""
+        accuracy = result["accuracy"]
+        self.notes.setdefault("before", result)
+        self.notes["best"] = max(self.notes.get("best", 0.0), accuracy)
+        gain = f"  ({accuracy - self.notes['before']['accuracy']:+.3f})" if when == "after" else ""
+        print(f"eval {when}  accuracy {accuracy:.3f} +- {result['se']:.3f} at T = 1, "
+              f"{result['greedy_accuracy']:.3f} greedy, length {result['length']:.0f}{gain}", flush=True)
+        self.log({"eval": when, "step": self.notes["step"], **result})
+
     def finish(self, model, tok, measure: Callable[[], dict], **more) -> dict:
-        """Last evaluation (unless the last step had one), model/, summary.json; returns the summary."""
-        config, notes, (when, last) = self.config, self.notes, self.last_eval
-        after = last if when == notes["step"] > 0 else measure()
+        """Last evaluation, model/, summary.json; returns the summary."""
+        after = measure()
         self.evaluated("after", after)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        summary = {"method": config.method, "seed": config.seed, "accuracy_best": notes["best"]}
+        notes = self.notes
+        summary = {"method": self.config.method, "seed": self.config.seed, "accuracy_best": notes["best"]}
         for name, key in (("accuracy", "accuracy"), ("greedy", "greedy_accuracy"), ("length", "length")):
-            summary |= {name + "_before": notes["before"][key], name + "_after": after[key]}
+            summary[f"{name}_before"] = notes["before"][key]
+            summary[f"{name}_after"] = after[key]
         summary |= {"se": after["se"], "greedy_se": after["greedy_se"], "seconds": time.time() - self.began,
-                    "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]), **more,
-                    "skipped_steps": notes["skipped_steps"], "config": asdict(config),
-                    "versions": {module.__name__: module.__version__ for module in (torch, transformers)}}
+                    "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]), **more}
+        summary |= {"skipped_steps": notes["skipped_steps"], "fingerprint": notes["fingerprint"],
+                    "config": asdict(self.config),
+                    "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
         model.save_pretrained(self.folder / "model")
         tok.save_pretrained(self.folder / "model")
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -983,70 +1044,88 @@ class Run:
         return summary
 
 
-def trends(metrics: Path, keys) -> dict:
-    """For a summary: speed of learning; of each key, means over the first and last ten steps that have it."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    evaluations = [r for r in records if isinstance(r.get("eval"), int)]
-    result = {}
-    if evaluations:
-        accuracies = [r["accuracy"] for r in evaluations]
-        result["mean accuracy"] = sum(accuracies) / len(accuracies)
-        reached = [r["step"] for r in evaluations if r["accuracy"] >= 0.9]
-        result["steps to .9"] = reached[0] if reached else evaluations[-1]["step"]
-    for key in keys:
-        values = [r[key] for r in records if key in r]
-        for when, ten in (("first", values[:10]), ("last", values[-10:])):
-            result[f"{key}, {when}"] = sum(ten) / len(ten) if ten else None
-    return result
-
-
 def table(rows: list[list], head: list[str]) -> str:
     """Aligned text, and Markdown as well."""
-    cells = [head, *[[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]]
+    cells = [head]
+    for row in rows:
+        cells.append([f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row])
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    lines = []
+    for row in cells:
+        lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
 
 
 def compared(train: Callable, config, variants: dict[str, dict], script: str) -> dict[str, list[dict]]:
     """Trains every variant (name -> the flags in which it differs) on --seeds seeds: name -> summaries.
-    After a stop, finished cells are taken and a cell in the middle goes on; --overwrite starts anew."""
-    found = {name: [] for name in variants}
-    for seed in range(config.seed, config.seed + config.seeds):
-        for name, flags in variants.items():
-            cell_name = f"{re.sub('[^a-z0-9_]+', '-', name)}-s{seed}"
-            folder = Path(config.out or f"runs/{script}-compare", cell_name)
-            cell = replace(config, **{"seed": seed, "out": str(folder), "show_every": 0, **flags})
-            print(f"\n{name}, seed {seed}", flush=True)
-            summary = folder / "summary.json"
-            done = json.loads(summary.read_text()) if summary.exists() and not config.overwrite else None
-            if done and done["config"]["steps"] == cell.steps and not changed_flags(done["config"], cell):
-                print(f"taken from {folder}, where it was finished earlier; --overwrite trains it again")
-            else:
-                cell.resume = (folder / "state.pt").exists() and not config.overwrite
-                cell.overwrite = config.overwrite or not summary.exists()
-                done = train(cell)
-                config = replace(config, fresh=False)  # the tiny models are fitted anew only once
-            found[name].append(done)
-    return found
+    After a stop, a cell in the middle goes on; a finished one is taken if it is of these flags and this code."""
+    cells = list(itertools.product(range(config.seed, config.seed + config.seeds), variants))
+    print(f"{len(cells)} runs: {len(variants)} variants on {config.seeds} seeds", flush=True)
+    summaries = {name: [] for name in variants}
+    seconds = []  # of the cells that were trained here
+    for done, (seed, name) in enumerate(cells):
+        folder = Path(config.out or f"runs/{script}-compare", f"{re.sub('[^a-z0-9_]+', '-', name)}-s{seed}")
+        flags = {"seed": seed, "out": str(folder), "show_every": 0, **variants[name]}
+        cell = replace(config, **flags)
+        print(f"\n{name}, seed {seed}", flush=True)
+        summary = finished_cell(cell, script)
+        if summary is None:
+            started = time.time()
+            summary = train(cell)
+            config = replace(config, fresh=False)  # the tiny models are fitted anew only once
+            seconds.append(time.time() - started)
+            left = len(cells) - done - 1
+            print(f"{left} runs to go, about {left * min(seconds) / 60:.0f} minutes", flush=True)
+        summaries[name].append(summary)
+    return summaries
 
 
-def seed_table(found: dict[str, list[dict]], columns: dict[str, str]) -> str:
-    """columns: key of the summaries -> heading. Cells: mean ± sample standard deviation over the seeds."""
-    def cell(runs, key):
-        values = [run[key] for run in runs if run.get(key) is not None]
-        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.3f}{spread}" if values else "-"
-    rows = [[name, *(cell(runs, key) for key in columns)] for name, runs in found.items()]
-    return table(rows, ["method", *columns.values()])
+def finished_cell(cell, script: str) -> dict | None:
+    """The summary of a cell that need not be trained again; else sets its --resume and --overwrite."""
+    folder = Path(cell.out)
+    now = fingerprint(cell, script)
+    path = folder / "summary.json"
+    if path.exists() and not cell.overwrite:
+        summary = json.loads(path.read_text())
+        if summary["fingerprint"] == now:
+            print(f"taken from {folder}, where it was finished earlier; --overwrite trains it again")
+            return summary
+        print(f"{folder} was finished with other flags or other code; it is trained again")
+    state = last_state(folder)
+    cell.resume = not cell.overwrite and state is not None and state["notes"]["fingerprint"] == now
+    cell.overwrite = not cell.resume
+    return None
+
+
+def seed_table(summaries: dict[str, list[dict]], columns: dict[str, str]) -> str:
+    """columns: key of the summaries -> heading. Cells: mean ± sample standard deviation over the seeds. Behind
+    the first column, the mean *paired difference* to the first row, seed by seed, ± its standard error."""
+    def cell(values, divisor=1.0):
+        if not values:
+            return "-"
+        spread = f" ± {np.std(values, ddof=1) / divisor:.3f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{spread}"
+
+    first_key, *_ = columns
+    first_row, *_ = summaries.values()
+    rows = []
+    for name, runs in summaries.items():
+        cells = [cell([run[key] for run in runs if run.get(key) is not None]) for key in columns]
+        differences = [run[first_key] - other[first_key] for run, other in zip(runs, first_row)]
+        paired = "" if runs is first_row else cell(differences, divisor=len(differences)**0.5)
+        rows.append([name, cells[0], paired, *cells[1:]])
+    first_heading, *headings = columns.values()
+    return table(rows, ["method", first_heading, f"paired with {rows[0][0]}, ± s.e.", *headings])
 
 
 def plot_runs(png: str, folders: list) -> None:
     """Accuracy, solved share, entropy and response length of run folders over the step, in one PNG."""
     import matplotlib.pyplot as plt  # slow to import
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.5), layout="tight")
-    for folder in map(Path, folders):
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for folder in folders:
+        lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
         for axis, key in zip(axes, ("accuracy", "solved", "entropy", "length")):
             wanted = [r for r in records if key in r and ("eval" in r) == (key == "accuracy")]
             axis.plot([r["step"] for r in wanted], [r[key] for r in wanted])
@@ -1057,10 +1136,15 @@ def plot_runs(png: str, folders: list) -> None:
 
 def launch(config, script: str, train: Callable, **actions: Callable) -> None:
     """The action whose flag is given, else train. What may happen at any time ends in one sentence."""
+    chosen = [action for flag, action in actions.items() if getattr(config, flag)]
+    if len(chosen) > 1:
+        fail(f"give one of {', '.join('--' + flag for flag in actions)}")
     try:
         if config.plot:
-            return plot_runs(config.plot[0], config.plot[1:] or [run_folder(config, script)])
-        next((action for flag, action in actions.items() if getattr(config, flag)), train)(config)
+            png, *folders = config.plot
+            plot_runs(png, folders or [run_folder(config, script)])
+        else:
+            (chosen or [train])[0](config)
     except torch.OutOfMemoryError:
         fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens, --group_size or a "
              "local judge's --reply_tokens")
@@ -1084,57 +1168,62 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, *, 
 
     def chat(conversations, temperature=0.0):
         # No text may end its own turn: here, where the tokenizer is known, its control tokens are broken up.
-        tasks = [Task([{**m, "content": defused(tok, m["content"])} for m in c], "") for c in conversations]
+        tasks = []
+        for conversation in conversations:
+            messages = [{**message, "content": defused(tok, message["content"])} for message in conversation]
+            tasks.append(Task(messages, ""))
         answers = []
         for start in range(0, len(tasks), batch):
             out = rollout(model, tok, tasks[start:start + batch], max_new_tokens=max_new_tokens,
                           temperature=temperature, generator=generator)
-            answers += [text.rsplit("</think>", 1)[-1].strip() if done else None
-                        for text, done in zip(out.texts, out.finished.tolist())]
+            for text, finished in zip(out.texts, out.finished.tolist()):
+                answers.append(text.rsplit("</think>", 1)[-1].strip() if finished else None)
         return answers
     return chat
 
 
 def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, timeout: float = 60.0,
-             retries: int = 4, sleep: Callable = time.sleep) -> Callable:
-    """`chat_backend` for a server, 8 requests at once, each at most `timeout` seconds long. A first request
-    is made here: a wrong address, key, model or flag must show before any work is done."""
+             retries: int = 4) -> Callable:
+    """`chat_backend` for a server, 8 requests at once. A request that fails, but for a refusal (4xx), is
+    repeated after 1, 2, 4, 8 s. The first one is made here: a wrong address, key, model or flag must show
+    before any work is done."""
     # The key is explicit: without one the client would send this machine's Hugging Face token to the URL.
-    key, warned = os.environ.get("OPENAI_API_KEY") or "EMPTY", set()
+    key = os.environ.get("OPENAI_API_KEY") or "EMPTY"
     client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
     usual = {"model": model_name or "default", "max_tokens": max_new_tokens}
-    usual |= {"response_format": {"type": "json_object"}} if json_object else {}
+    if json_object:
+        usual["response_format"] = {"type": "json_object"}
+    warned = []
 
     def request(messages, temperature):
         """-> text or None, and what was said instead of a reply."""
         for attempt in range(retries + 1):
             try:
-                with ThreadPool(1) as pool:  # the client's time-out is one per read: a slow drip never ends
-                    how = {**usual, "temperature": temperature}
-                    reply = pool.apply_async(client.chat_completion, (messages,), how).get(timeout)
-                text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
-                whole = isinstance(text, str) and text and reason not in ("length", "content_filter")
-                return text if whole else None, ""
+                reply = client.chat_completion(messages, temperature=temperature, **usual)
+                choice = reply.choices[0]
+                text = choice.message.content
+                cut = choice.finish_reason in ("length", "content_filter")
+                return (None if cut or not isinstance(text, str) else text or None), ""
             except Exception as error:  # the error classes differ between versions, these attributes do not
                 response = getattr(error, "response", None)
                 code = getattr(response, "status_code", 0)
                 words = getattr(response, "text", "") or getattr(error, "doc", "") or error
                 said = " ".join(f"{code or type(error).__name__} {words}".split())[:300]
-                if 0 < code < 500 and code not in (408, 429) or attempt == retries:
-                    return None, said  # refused; all else may be better soon, a lost connection for example
-                wait = getattr(response, "headers", {}).get("retry-after", "")
-                sleep(min(float(wait) if wait.isdigit() else 2.0 ** attempt, 60.0))
+            if 400 <= code < 500 or attempt == retries:
+                return None, said
+            time.sleep(2.0**attempt)
 
     def chat(conversations, temperature=0.0):
         with ThreadPool(8) as pool:
             replies = pool.map(functools.partial(request, temperature=temperature), conversations)
         said = next((said for _, said in replies if said), "")
-        if said and not warned:  # here and not in the threads: it is said once
-            warned.add(said)
+        if said and not warned:
+            warned.append(said)
             print(f"warning: {url} gave no reply to a request ({said}); said only once", flush=True)
         return [text for text, _ in replies]
 
-    if said := request([{"role": "user", "content": "Reply with the JSON object {}."}], 0.0)[1]:
+    _, said = request([{"role": "user", "content": "Reply with the JSON object {}."}], 0.0)
+    if said:
         fail(f"{url} gives no reply ({said}); check address, model name '{model_name}' and $OPENAI_API_KEY")
     return chat
 
@@ -1152,10 +1241,12 @@ def ask(chat: Callable, conversations: list, check, tally: Counter, tries: int =
     """check(the reply's JSON object) for each conversation, None where no usable reply came. check: one or a
     list of functions. On a Value-, Lookup-, Type- or AttributeError the model is told why and asked again."""
     checks = check if isinstance(check, list) else [check] * len(conversations)
-    results, todo = [None] * len(checks), dict(enumerate(conversations))
+    results = [None] * len(conversations)
+    todo = dict(enumerate(conversations))
     for _ in range(tries):
-        asked, todo = todo, {}
-        for i, reply in zip(asked, chat(list(asked.values())) if asked else []):
+        replies = chat(list(todo.values())) if todo else []
+        asked, todo = list(todo), {}
+        for i, reply in zip(asked, replies):
             tally["calls"] += 1
             if reply is None:
                 tally["no complete reply"] += 1
@@ -1171,46 +1262,28 @@ def ask(chat: Callable, conversations: list, check, tally: Counter, tries: int =
     return results
 
 
-def remembered(chat: Callable, path: Path, key) -> Callable:
-    """`chat` with a memory on disk: JSON lines, of which a later one replaces an earlier one. key: what else
-    the replies depend on. A conversation that stands several times in one call has several replies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    memory = open(path, "ab", buffering=0)  # one write a line: runs side by side do not mix
-    known = {entry["address"]: entry["reply"] for entry in map(json.loads, path.read_bytes().splitlines())}
-
-    def chat_or_remember(conversations, **sampling):
-        texts = [json.dumps([key, sampling, conversation], sort_keys=True) for conversation in conversations]
-        addresses = [hashlib.sha256(f"{text} {texts[:i].count(text)}".encode()).hexdigest()[:32]
-                     for i, text in enumerate(texts)]
-        new = {a: c for a, c in zip(addresses, conversations) if a not in known}
-        for address, reply in zip(new, chat(list(new.values()), **sampling) if new else []):
-            if reply is not None:
-                known[address] = reply
-                entry = {"address": address, "said": new[address][-1]["content"], "reply": reply}
-                memory.write((json.dumps(entry) + "\n").encode())
-        return [known.get(address) for address in addresses]
-    return chat_or_remember
-
-
 # -------------------------------------------------------------------------------- the GRPO baseline
 small_chain = functools.partial(chain_task, operations=(2, 4), modulus=7)
 
 
-def worked_solution(rng, task: Task, wrong: float = 0.0) -> str:
+def worked_solution(rng: random.Random, task: Task, wrong: float = 0.0) -> str:
     """A chain solved: `A4+1=5, B5*5=4. \\boxed{4}`; a result is random with probability `wrong`."""
-    (value, *_), modulus, steps = parse_chain(task.messages[-1]["content"])
+    values, modulus, operations = parse_chain(task.messages[-1]["content"])
+    value = values[0]
     parts = []
-    for label, operation, operand in steps:
-        before, value = value, APPLY[operation](value, operand) % modulus
+    for label, sign, operand in operations:
+        result = APPLY[sign](value, operand) % modulus
         if rng.random() < wrong:
-            value = rng.randrange(modulus)
-        parts.append(f"{label}{before}{operation}{operand}={value}")
+            result = rng.randrange(modulus)
+        parts.append(f"{label}{value}{sign}{operand}={result}")
+        value = result
     return ", ".join(parts) + f". \\boxed{{{value}}}"
 
 
 def demonstration(tok, task: Task, answer: str) -> tuple[list[int], list[int]]:
     """Task and one assistant turn -> (ids, mask), as a rollout would have produced them."""
-    prompt, turn = prompt_ids(tok, task.messages), [*encode(tok, answer), end_of_turn(tok)]
+    prompt = prompt_ids(tok, task.messages)
+    turn = [*encode(tok, answer), end_of_turn(tok)]
     return prompt + turn, [0] * len(prompt) + [1] * len(turn)
 
 
@@ -1218,7 +1291,8 @@ def load_student(config, device):
     """The tiny model, fitted on worked solutions (15 % wrong results), or a Hugging Face model as it is."""
     if config.model != "tiny":
         return load_model(config.model, device)
-    tok, rng = build_tokenizer(CHAIN_ATOMS), random.Random(1)
+    tok = build_tokenizer(CHAIN_ATOMS)
+    rng = random.Random(1)
     tasks = [small_chain(rng) for _ in range(8000)]
     docs = [demonstration(tok, task, worked_solution(rng, task, wrong=0.15)) for task in tasks]
     model = fit_tiny("the student", tiny_model(tok, seed=1), docs, steps=600, fresh=config.fresh)
@@ -1232,7 +1306,8 @@ def train(config: Config) -> dict:
     run = Run(config, "common")
     student, tok = load_student(config, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
-    rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed)
     measure = functools.partial(evaluate, student, tok, held_out, **config.sampling)
 
     first = run.open_folder([student, optimizer], generator, rng)
@@ -1248,7 +1323,8 @@ def train(config: Config) -> dict:
         advantages = group_advantages(reward, config.group_size)                    # (B,)
         norm = update(student, optimizer, rollouts, advantages[:, None], config, step)
 
-        run.step(step + 1, started, {"solved": float(reward.mean()), **run.rollout_figures(rollouts, reward, norm)})
+        figures = {"solved": float(reward.mean()), **run.rollout_figures(rollouts, reward, norm)}
+        run.step(step + 1, started, figures)
         run.show(step, tok, tasks, rollouts)
         run.end_step(step + 1, measure)
     return run.finish(student, tok, measure)
