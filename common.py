@@ -5,13 +5,13 @@
 Start with `rollout`, one batched decoding loop; `token_logps`, the one place that scores tokens; GRPO, which
 is `group_advantages`, `policy_loss` and `update`; `train`, the loop, written out.
 
-Shapes: B rollouts (prompts x group_size), T columns (padded prompt, then response), N scored tokens, H hidden
+Shapes: B rollouts (prompts x group_size), T columns (prompt, response, padding), N scored tokens, H hidden
 size, V vocabulary. `mask` (B, T) is 1 exactly on the tokens that the model sampled: only they carry loss.
-`attention_mask` (B, T) is 1 on every real token. Both come from what the loop did, never from token values:
-pad may be the same id as the end of a turn.
+It comes from what the loop did, never from token values: pad may be the same id as the end of a turn.
 """
 import ast
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -27,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+import weakref
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -42,8 +43,9 @@ from huggingface_hub.utils import get_session
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, HfArgumentParser,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers.cache_utils import StaticLayer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of the python tool
 # cuDNN's attention makes a plan for each new shape, and in a rollout every token has a new one.
@@ -78,6 +80,7 @@ class Config:
     micro_batch: int = option(0, "rollouts a backward pass, to save memory; 0 = all; same gradient")
     max_new_tokens: int = option(0, "tokens a trajectory, tool text included; 0 = 1024, less on the chain")
     max_turns: int = option(8, "assistant turns a trajectory; a tool call in the last turn is not run")
+    rows_at_once: int = option(0, "rollouts in the cache at once, to save memory; 0 = all; also for judges")
     temperature: float = option(1.0, "of the training rollouts; scoring uses the same")
     lr: float | None = option(None, "learning rate; not given = 3e-4 for tiny models, 1e-6 for others")
     seed: int = option(0, "seed of prompts, sampling and tool failures")
@@ -92,14 +95,13 @@ class Config:
     show_every: int = option(20, "print one rollout every so many steps; 0 = never")
     fresh: bool = option(False, "fit the tiny models again instead of taking them from the cache")
     thinking: bool = option(False, "let the chat template open a thinking block (models that have one)")
-    plot: list[str] | None = option(None, "FILE.png [RUN ...]: only draw these runs, or that of the flags")
 
     def __post_init__(self):
         self.max_new_tokens = self.max_new_tokens or (self.tiny_tokens if self.data == "chain" else 1024)
 
     @property
     def sampling(self) -> dict:
-        return {name: getattr(self, name) for name in ("max_new_tokens", "max_turns", "thinking")}
+        return {name: getattr(self, name) for name in ("max_new_tokens", "max_turns", "thinking", "rows_at_once")}
 
     @property
     def rate(self) -> float:
@@ -120,6 +122,8 @@ def parse(config_class, argv=None):
             fail(f"--{name} {value} is out of range; give {least} or more")
     if config.temperature < 0.01:
         fail(f"--temperature {config.temperature}: training samples; give 0.01 or more")
+    if config.resume and config.overwrite:
+        fail("--resume and --overwrite contradict each other; give one of them")
     return config
 
 
@@ -233,8 +237,7 @@ def fit_tiny(name: str, model, docs: list, steps: int, lr: float = 3e-3, seed: i
             batch = batches.pop()
             ids = padded([ids for ids, _ in batch], 0)                              # (B, T)
             mask = padded([mask for _, mask in batch], 0)                           # (B, T)
-            # Right padding needs no attention mask under causal attention: no real token can look at a pad.
-            loss = -token_logps(model, ids, None, mask).sum() / mask.sum()
+            loss = -token_logps(model, ids, mask).sum() / mask.sum()
             loss.backward()
             ramp = min((step + 1) / 50, (steps - step) / steps)
             apply_gradients(model, optimizer, step, lr * ramp, warmup=1)
@@ -487,14 +490,19 @@ def parse_tool_call(text: str) -> dict | None:
     return None
 
 
-def run_tools(tool: Tool, calls: list[dict]) -> list[tuple[str, str]]:
-    def one(call):
-        missing = f"error: there is no tool {call['name'][:40]}", "error"
-        return tool.run(call["arguments"]) if call["name"] == tool.name else missing
-    if tool.workers == 1:
-        return [one(call) for call in calls]
+def run_tools(tool: Tool | None, calls: list[dict]) -> list[tuple[str, str]]:
+    """-> (text for the model, status) a call. A tool that raises an exception costs one answer, not the run."""
+    def answer(call):
+        if call["name"] != tool.name:
+            return f"error: there is no tool {call['name'][:40]}", "error"
+        try:
+            return tool.run(call["arguments"])
+        except Exception as error:
+            return cut_middle(f"error: {type(error).__name__}: {error}"), "error"
+    if len(calls) < 2 or tool.workers == 1:
+        return [answer(call) for call in calls]
     with ThreadPool(tool.workers) as pool:
-        return pool.map(one, calls)
+        return pool.map(answer, calls)
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -552,27 +560,31 @@ def defused(tok, text: str) -> str:
 @dataclass
 class Rollouts:
     """B = len(tasks) * group_size rows; the group_size rollouts of one task stand side by side."""
-    ids: torch.Tensor              # (B, T) left-padded prompt, then response, right-padded
-    attention_mask: torch.Tensor   # (B, T) 1 = real token
+    ids: torch.Tensor              # (B, T) prompt, turns, tools' messages; padded on the right
     mask: torch.Tensor             # (B, T) 1 = sampled by the model (its end-of-turn included)
     logps: torch.Tensor            # (B, T) log-prob of each sampled token when it was sampled; 0 elsewhere
     entropy: torch.Tensor          # (B, T) of the distribution it was sampled from, in nats; 0 elsewhere
-    prompt_length: int             # columns of the padded prompt
+    prompt_lengths: list[int]
+    lengths: list[int]             # prompt and all that follows, without padding
     finished: torch.Tensor         # (B,) the model ended its last turn itself, without asking for a tool
     texts: list[str]               # text of the last turn: what the reward reads
     turns: list[list[tuple[int, int]]]  # per row the [start, end) columns of its turns
     tool_status: list[list[str]]   # per row and turn: none, ok, error, timeout
 
     def part(self, rows, columns=slice(None)):
-        """ids, attention_mask, mask of some rows and columns, (b, t) each."""
-        return self.ids[rows, columns], self.attention_mask[rows, columns], self.mask[rows, columns]
+        """ids, mask of some rows and columns, (b, t) each."""
+        return self.ids[rows, columns], self.mask[rows, columns]
 
 
 @dataclass
 class Row:
-    """State of one trajectory while it is being written."""
-    queue: deque = field(default_factory=deque)    # ids waiting to be taken instead of sampled
-    turn: list[int] = field(default_factory=list)  # sampled ids of the current turn
+    """One trajectory while it is being written."""
+    ids: list[int]                     # prompt, turns, tools' messages; only grows
+    limit: int                         # of the number of ids
+    turn_start: int                    # where the current turn begins
+    read: int = 0                      # so many ids are in the cache
+    draws: list[tuple] = field(default_factory=list)  # log-prob, entropy of each sampled id
+    turns: list[tuple[int, int]] = field(default_factory=list)
     status: list[str] = field(default_factory=list)
     text: str = ""
     finished: bool = False
@@ -580,80 +592,247 @@ class Row:
 
 
 @torch.no_grad()
-def rollout(model, tok, tasks, group_size: int = 1, *, tool: Tool | None = None, max_new_tokens: int = 256,
-            max_turns: int = 8, temperature: float = 1.0, generator=None, thinking: bool = False) -> Rollouts:
-    """Samples group_size trajectories a task, all in one batch with one KV cache.
+def rollout(model, tok, tasks: list[Task], group_size: int = 1, *, tool: Tool | None = None,
+            max_new_tokens: int = 256, max_turns: int = 8, temperature: float = 1.0, generator=None,
+            thinking: bool = False, rows_at_once: int = 0) -> Rollouts:
+    """Samples group_size trajectories a task, rows_at_once of them in one cache (0 = all). A row is a list of
+    ids that only grows, and all that is known about it is in the row:
 
-    In each column every row either *samples* its next token or, while ids are queued for it (a tool's answer
-    with the template around it), *takes the next queued id*. Which of the two it was is the loss mask.
+        prompt        sampled turn      tool's message    sampled turn
+        p p p p p p | s s s s s s END | g g g g g g g g | s s s s END      p, g    given, mask 0
+        p p p p | s s s END | . . . . . . . . . . . . . . . . . . . .      s, END  sampled, mask 1
+        p p p p p p p | s s s s s END | g g g | s s s s s s s s s s .      .       padding, added at the end
+
     Nothing is decoded and encoded again: the ids are what the model saw. A turn ends with the end-of-turn
-    token; if it holds a tool call, the tool runs and its message is queued, else the row is done.
+    token. If it holds a tool call (of several, the first well-formed one counts), the tool runs and its message
+    is given, or the row ends if that would fill its budget; without a call the row is done.
     """
     assert not model.training, "rollouts need model.eval(): gradient checkpointing would switch the cache off"
-    device, end = model.device, end_of_turn(tok)
-    new, seen = prompt_batch(tok, [task.messages for task in tasks], device, tool, thinking)    # (tasks, P)
-    start, last, cache = new.shape[1], new.shape[1] + max_new_tokens, DynamicCache(config=model.config)
-    ids, attention = (x.repeat_interleave(group_size, 0) for x in (new, seen))              # (B, P) each
-    ids = F.pad(ids, (0, max_new_tokens), value=tok.pad_token_id)                           # (B, last)
-    attention, mask = F.pad(attention, (0, max_new_tokens)), torch.zeros_like(ids)          # (B, last) each
-    logps, entropy = torch.zeros(2, *ids.shape, device=device)                              # (B, last) each
-    rows, index = [Row() for _ in ids], list(range(len(ids)))  # index: the n rows that are in the cache
-    for column in range(start, last):
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(device)):
-            logits = model(input_ids=new, attention_mask=seen, cache=cache, logits_to_keep=1,
-                           position_ids=positions(seen)[:, -new.shape[1]:]).logits[:, -1]   # (n, V)
-        if column == start:  # each distinct prompt was read once; its cache is copied to the whole group
-            cache.batch_repeat_interleave(group_size)
-            logits, seen = (x.repeat_interleave(group_size, 0) for x in (logits, seen))     # (B, V), (B, P)
-        token, logp, h = choose(logits.float(), temperature, generator)                     # (n,) each
-        batch = [rows[i] for i in index]
-        queued = torch.tensor([row.queue.popleft() if row.queue else -1 for row in batch], device=device)
-        token = torch.where(queued < 0, token, queued)  # (n,) all rows drew; a queued id overrules the draw
-        alive = torch.tensor([not row.done for row in batch], device=device)                # (n,)
-        sampled = alive & (queued < 0)  # (n,) a done row may stay for a while: what it draws is dropped
-        ids[index, column] = token.where(alive, tok.pad_token_id)
-        attention[index, column], mask[index, column] = alive.long(), sampled.long()
-        logps[index, column], entropy[index, column] = logp * sampled, h * sampled
+    rows = []
+    for task in tasks:
+        prompt = prompt_ids(tok, task.messages, tool, thinking)
+        for _ in range(group_size):
+            rows.append(Row([*prompt], limit=len(prompt) + max_new_tokens, turn_start=len(prompt)))
+    prompt_lengths = [len(row.ids) for row in rows]
+    writer = for_writing(model)
+    size = rows_at_once or len(rows)
+    for i in range(0, len(rows), size):
+        write_rows(writer, tok, rows[i:i + size], tool, max_turns, temperature, generator, thinking)
+
+    ids = padded([row.ids for row in rows], tok.pad_token_id, model.device)         # (B, T)
+    mask = torch.zeros_like(ids)                                                    # (B, T)
+    for i, row in enumerate(rows):
+        for start, end in row.turns:
+            mask[i, start:end] = 1
+    draws = torch.cat([torch.tensor(row.draws) for row in rows]).to(model.device)   # (N, 2)
+    finished = torch.tensor([row.finished for row in rows], device=model.device)    # (B,)
+    return Rollouts(ids, mask, on_grid(mask, draws[:, 0]), on_grid(mask, draws[:, 1]), prompt_lengths,
+                    [len(row.ids) for row in rows], finished, [row.text for row in rows],
+                    [row.turns for row in rows], [row.status for row in rows])
+
+
+READ_WHEN = 0.25  # share of the rows that wait for a *read* pass
+
+
+def write_rows(model, tok, rows: list[Row], tool: Tool | None, max_turns: int, temperature: float, generator,
+               thinking: bool) -> None:
+    """Writes the rows to their ends. A row all of whose ids are in the cache samples its next one.
+
+    Two kinds of pass put ids into the cache. *write* takes the next id of every row and returns what may
+    follow it. *read* takes all the ids of some rows at once, but for their last: prompts, and tools' messages,
+    once they wait in enough of the rows; until then they go in with *write*, id by id.
+    """
+    cache = RowCache(model, length=max(row.limit for row in rows))
+    # Rows of one problem stand side by side: their prompt is read once and copied.
+    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.ids)]
+    cache.read([group[0] for group in groups], range(len(groups)))
+    cache.select(np.repeat(range(len(groups)), [len(group) for group in groups]))
+    for row in rows:
+        row.read = len(row.ids) - 1
+
+    batch = rows  # those in the cache, in its order
+    while True:
+        logits = cache.write(batch)                                                 # (n, V)
+        draws = choose(logits, temperature, generator)                              # (n, 3)
         calls = []
-        for row, t, own in zip(batch, token.tolist(), sampled.tolist()):
-            if own:  # only a sampled end token ends the turn, not the ones in a tool's message
-                row.turn.append(t)
-                if t == end and (call := close_turn(row, tok, tool, max_turns)):
+        for row, (token, *draw) in zip(batch, draws.tolist()):
+            if row.done or row.read < len(row.ids):  # what such a row drew is dropped
+                continue
+            row.ids.append(int(token))
+            row.draws.append(draw)
+            if token == end_of_turn(tok) or len(row.ids) == row.limit:
+                call = end_turn(row, tok, tool, max_turns)
+                if call:
                     calls.append((row, call))
-        answers = run_tools(tool, [call for _, call in calls]) if calls else []
-        for (row, _), (text, row.status[-1]) in zip(calls, answers):
-            row.queue.extend(tool_message_ids(tok, text, thinking))
-            row.done = column + 1 + len(row.queue) >= last
-        keep = [j for j, row in enumerate(batch) if not row.done]
-        if not keep:
+
+        answers = run_tools(tool, [call for _, call in calls])
+        for (row, _), (text, status) in zip(calls, answers):
+            row.status[-1] = status
+            message = tool_message_ids(tok, text, thinking)
+            row.done = len(row.ids) + len(message) >= row.limit
+            if not row.done:
+                row.ids += message
+                row.turn_start = len(row.ids)
+
+        alive = [i for i, row in enumerate(batch) if not row.done]
+        if not alive:
             break
-        if len(keep) < len(batch) / 2:  # done rows leave, but not one by one: each time copies the cache
-            cache.batch_select_indices(torch.tensor(keep, device=device))
-            token, seen, index = token[keep], seen[keep], [index[j] for j in keep]
-        new, seen = token[:, None], F.pad(seen, (0, 1), value=1)                            # (n, column + 1)
-    used = [x[:, :column + 1].contiguous() for x in (ids, attention, mask, logps, entropy)]     # (B, T) each
-    # A row with a turn that never ended was cut in the middle of it.
-    texts = [tok.decode(row.turn) if row.turn else row.text for row in rows]
-    status = [row.status + ["none"] * bool(row.turn) for row in rows]
-    finished = torch.tensor([row.finished for row in rows], device=device)                      # (B,)
-    return Rollouts(*used, start, finished, texts, [turn_spans(row) for row in used[2].tolist()], status)
+        if len(alive) < len(batch) / 2:  # done rows leave, but not one by one: each time copies the cache
+            cache.select(alive)
+            batch = [batch[i] for i in alive]
+        waiting = [i for i, row in enumerate(batch) if len(row.ids) - row.read > 1 and not row.done]
+        if waiting and len(waiting) >= READ_WHEN * len(alive):
+            cache.read([batch[i] for i in waiting], waiting)
 
 
-def close_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
-    """Ends the row's turn; returns the tool call to run, or marks the row as done."""
-    row.text, row.turn = tok.decode(row.turn[:-1]), []
+def end_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
+    """Ends the row's turn or, at its limit, the row; returns the tool call to run, if there is one."""
+    ended = row.ids[-1] == end_of_turn(tok)
+    row.turns.append((row.turn_start, len(row.ids)))
     row.status.append("none")
-    call = parse_tool_call(row.text) if tool else None
-    row.finished, row.done = call is None, call is None or len(row.status) >= max_turns
+    row.text = tok.decode(row.ids[row.turn_start:len(row.ids) - ended])
+    call = parse_tool_call(row.text) if tool and ended else None
+    row.finished = ended and call is None
+    row.done = call is None or len(row.status) >= max_turns
     return None if row.done else call
 
 
+class RowLayer(StaticLayer):
+    """Keys and values of one layer for n rows, (n, heads, length, d): each row is written at its own place."""
+
+    def update(self, key, value, *_, **__):                                         # (r, heads, q, d) each
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        rows, place, width = self.at                                                # (r,), (r, q)
+        self.keys[rows[:, None], :, place] = key.transpose(1, 2)
+        self.values[rows[:, None], :, place] = value.transpose(1, 2)
+        if len(rows) == len(self.keys):  # all of them, in their order: no copy
+            rows = slice(None)
+        return self.keys[rows, :, :width], self.values[rows, :, :width]
+
+
+class RowCache(Cache):
+    """The cache of n rows, each with its own length, and the passes that fill it. What a pass leaves behind a
+    row's end (padding, an id fed twice) is written over before any token sees it."""
+
+    def __init__(self, model, length: int):
+        super().__init__(layers=[RowLayer(length) for _ in range(model.config.num_hidden_layers)])
+        self.model = model
+        self.length = length
+        self.head = lm_head(model.get_output_embeddings())
+        self.recording = mixed_precision(model.device)
+        self.one_id_a_row = None
+
+    def feed(self, rows, ids, place, columns: int):
+        """Ids (r, q) go to `place` (r, q) in `rows` (r,) -> their last hidden states, (r, q, H). Attention reads
+        so many columns; where passes are recorded, all."""
+        width = self.length if self.recording else columns
+        for layer in self.layers:
+            layer.at = rows, place, width
+        age = place[:, None, :, None] - torch.arange(width, device=ids.device)      # (r, 1, q, width)
+        mask = age >= 0  # a token sees itself and what stands before it in its row
+        config = self.model.config
+        if "sliding_attention" in getattr(config, "layer_types", ()):
+            mask = {"full_attention": mask, "sliding_attention": mask & (age < config.sliding_window)}
+        return self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=place, cache=self,
+                                     use_cache=True).last_hidden_state
+
+    def read(self, rows: list[Row], numbers) -> None:
+        """Reads the waiting ids of some rows, but for the last one. numbers: where the rows are in the cache."""
+        device = self.model.device
+        ids = padded([row.ids[row.read:-1] for row in rows], 0, device)             # (r, q)
+        start = torch.tensor([row.read for row in rows], device=device)             # (r,)
+        place = start[:, None] + torch.arange(ids.shape[1], device=device)          # (r, q)
+        self.feed(torch.tensor(numbers, device=device), ids, place.clamp(max=self.length - 1),
+                  columns=max(len(row.ids) for row in rows))
+        for row in rows:
+            row.read = len(row.ids) - 1
+
+    def write(self, rows: list[Row]):
+        """Takes the next id of every row -> logits (n, V) of what follows. A row that has none repeats its last:
+        it is done."""
+        places = [min(row.read, len(row.ids) - 1) for row in rows]
+        ids = [row.ids[place] for row, place in zip(rows, places)]
+        for row, place in zip(rows, places):
+            row.read = place + 1
+        self.columns = max(places) + 1
+        new = torch.tensor([ids, places])[:, :, None]                               # (2, n, 1)
+        if self.one_id_a_row is None:
+            self.one_id_a_row = self.prepare(new.to(self.model.device))
+        self.inputs.copy_(new)  # in place: a recorded pass reads the same memory again and again
+        return self.one_id_a_row()
+
+    def prepare(self, inputs) -> Callable:
+        """The *write* pass on `inputs` (2, n, 1), ids and places. Nothing in it waits for a value or depends on
+        one, so a CUDA graph can record it."""
+        self.inputs = inputs
+        everyone = torch.arange(inputs.shape[1], device=inputs.device)              # (n,)
+
+        def one_id_a_row():
+            hidden = self.feed(everyone, *inputs, self.columns)                     # (n, 1, H)
+            return self.head(hidden[:, 0])                                          # (n, V)
+        return record(one_id_a_row) if self.recording else one_id_a_row
+
+    def select(self, numbers) -> None:
+        """Keeps these rows of the cache, in this order; a row may be taken several times."""
+        numbers = torch.as_tensor(numbers, device=self.model.device)                # (rows,)
+        for layer in self.layers:
+            layer.keys = layer.keys[numbers]
+            layer.values = layer.values[numbers]
+        self.one_id_a_row = None  # it worked on other tensors
+
+
+def record(step: Callable) -> Callable:
+    """`step` as a CUDA graph: recorded once, then replayed without Python, which saves 1,500 kernel launches a
+    token. What it works on must stay where it is and change in place. Where that fails, step itself."""
+    try:
+        step()  # the first run makes plans and buffers, which are no part of the recording
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = step()
+    except RuntimeError as error:
+        print_once(f"note: CUDA could not record a pass of the rollouts, which are slower now ({error})")
+        return step
+
+    def replay():
+        graph.replay()
+        return output
+    return replay
+
+
+@functools.cache
+def print_once(text: str) -> None:
+    print(text, flush=True)
+
+
+COPIES = weakref.WeakKeyDictionary()  # model -> its bf16 copy
+
+
+@torch.no_grad()
+def for_writing(model):
+    """The model that rollouts run on. On a GPU, beside fp32 weights that are trained, a bf16 copy of them,
+    brought up to date here, in place: half the memory to read for each token, and no casts."""
+    if not mixed_precision(model.device) or model.dtype == torch.bfloat16:
+        return model
+    if model not in COPIES:
+        COPIES[model] = copy.deepcopy(model).requires_grad_(False)
+        for parameter in COPIES[model].parameters():  # and no buffer: rotary frequencies stay fp32
+            parameter.data = parameter.data.to(torch.bfloat16)
+    for ours, theirs in zip(COPIES[model].parameters(), model.parameters()):
+        ours.copy_(theirs)
+    return COPIES[model]
+
+
 def choose(logits, temperature: float, generator):
-    """logits (n, V) -> token, its log-prob, entropy in nats, each (n,). Temperature 0 is greedy."""
+    """logits (n, V) -> (n, 3): token, its log-prob, entropy in nats. Temperature 0 is greedy."""
     logps = torch.log_softmax(logits / (temperature or 1.0), -1)                    # (n, V)
-    token = logits.argmax(-1) if not temperature else (                             # (n,)
-        torch.multinomial(logps.exp(), 1, generator=generator)[:, 0])
-    return token, logps.gather(1, token[:, None])[:, 0], entropy_of(logps)
+    token = logps.argmax(-1, keepdim=True)                                          # (n, 1)
+    if temperature:  # where a uniform number falls among the cumulative sums
+        below = logps.exp().cumsum(-1)                                              # (n, V)
+        u = torch.rand(len(logps), 1, generator=generator, device=logps.device)     # (n, 1)
+        token = torch.searchsorted(below, u * below[:, -1:], right=True)            # (n, 1)
+        token = token.clamp(max=logps.shape[1] - 1)
+    return torch.cat([token, logps.gather(1, token), entropy_of(logps)[:, None]], 1)
 
 
 def entropy_of(logps):
@@ -661,30 +840,12 @@ def entropy_of(logps):
     return -(logps.exp() * logps).nan_to_num().sum(-1)
 
 
-def padded(sequences, value, left: bool = False, device=None):
-    """list of lists of ids -> (B, longest) tensor."""
+def padded(sequences: list[list], value, device=None):
+    """list of lists -> (B, longest) tensor, padded on the right. Under causal attention no real token can see
+    a pad that stands behind it, so that nothing here needs an attention mask."""
     width = max(map(len, sequences))
-    fill = [[value] * (width - len(s)) for s in sequences]
-    return torch.tensor([f + s if left else s + f for s, f in zip(sequences, fill)], device=device)
-
-
-def prompt_batch(tok, conversations: list, device, tool: Tool | None = None, thinking: bool = False):
-    """Chat messages of n conversations -> ids, attention_mask, left-padded, (n, P) each."""
-    prompts = [prompt_ids(tok, messages, tool, thinking) for messages in conversations]
-    ones = [[1] * len(prompt) for prompt in prompts]
-    ids = padded(prompts, tok.pad_token_id, left=True, device=device)
-    return ids, padded(ones, 0, left=True, device=device)
-
-
-def positions(attention_mask):
-    """(B, T) -> (B, T): positions count real tokens, so padding on either side changes nothing."""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)
-
-
-def turn_spans(mask: list[int]) -> list[tuple[int, int]]:
-    """Turns = maximal runs of 1 in one row of the mask, as [start, end) columns."""
-    edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
-    return list(zip(edges[::2], edges[1::2]))
+    rows = [sequence + [value] * (width - len(sequence)) for sequence in sequences]
+    return torch.tensor(rows, device=device)
 
 
 def rewards(rollouts: Rollouts, tasks: list[Task]):
@@ -708,14 +869,12 @@ def transcript(tok, rollouts: Rollouts, row: int) -> str:
 CHUNK_LOGITS = 2**26  # 256 MB in fp32
 
 
-def hidden_at(model, ids, attention_mask, mask):
+def hidden_at(model, ids, mask):
     """Last hidden states from which the tokens under `mask` are predicted: (N, H), row by row. ids, mask
-    (B, T); attention_mask (B, T), or None if the padding is all on the right. The token in column p is
-    predicted from column p - 1: this shift is here and nowhere else."""
-    numbers = None if attention_mask is None else positions(attention_mask)         # (B, T)
+    (B, T), padded on the right. The token in column p is predicted from column p - 1: this shift is here and
+    nowhere else."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed_precision(ids.device)):
-        hidden = model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=numbers,
-                                  use_cache=False).last_hidden_state                # (B, T, H)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state     # (B, T, H)
     return hidden[:, :-1][mask[:, 1:].bool()]
 
 
@@ -728,33 +887,35 @@ def lm_head(head) -> Callable:
     return lambda hidden: F.linear(hidden.to(dtype), weight, bias).float()
 
 
-def over_vocab_chunks(hidden, head, fn, *rows):
-    """fn(logits (n, V), *rows (n, ...)) -> tensor (n,) or tuple of them, over chunks of tokens, concatenated.
-    hidden (N, H); rows: N entries each. All logits never exist at once: a chunk holds CHUNK_LOGITS of them,
-    and under gradients it is computed again in the backward pass."""
+def over_vocab_chunks(hidden, head, fn: Callable, *rows):
+    """fn(logits (n, V), *rows (n, ...)) -> (n, ...) on chunks of the N tokens, joined. hidden (N, H); rows: N
+    entries each. All logits never exist at once: a chunk holds CHUNK_LOGITS of them, and under gradients it
+    is computed again in the backward pass."""
     logits = lm_head(head)
 
-    def one(h, *r):                                                                 # (n, H), (n, ...)
-        return fn(logits(h), *r)
+    def one(hidden, *rows):                                                         # (n, H), (n, ...)
+        return fn(logits(hidden), *rows)
     size = max(1, CHUNK_LOGITS // head.weight.shape[0])
     chunks = list(zip(*(x.split(size) for x in (hidden, *rows))))
-    recompute = torch.is_grad_enabled() and len(chunks) > 1
-    pieces = [checkpoint(one, *c, use_reentrant=False) if recompute else one(*c) for c in chunks]
-    return tuple(map(torch.cat, zip(*pieces))) if isinstance(pieces[0], tuple) else torch.cat(pieces)
+    if torch.is_grad_enabled() and len(chunks) > 1:
+        return torch.cat([checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.cat([one(*chunk) for chunk in chunks])
 
 
-def token_logps(model, ids, attention_mask, mask, temperature: float = 1.0, with_entropy: bool = False):
+def token_logps(model, ids, mask, temperature: float = 1.0, with_entropy: bool = False):
     """log p(token | all before it) under `mask`, 0 elsewhere: (B, T); with_entropy: also entropies in nats.
     The one place that scores tokens; what `rollout` notes while sampling agrees to 1e-5."""
     def fn(logits, target):                                                         # (n, V), (n,)
         logits = logits / temperature
         logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)        # (n,)
-        return (logp, entropy_of(logits.detach().log_softmax(1))) if with_entropy else logp
+        if with_entropy:
+            return torch.stack([logp, entropy_of(logits.detach().log_softmax(1))], 1)   # (n, 2)
+        return logp
 
-    hidden = hidden_at(model, ids, attention_mask, mask)                            # (N, H)
+    hidden = hidden_at(model, ids, mask)                                            # (N, H)
     values = over_vocab_chunks(hidden, model.get_output_embeddings(), fn, ids[mask.bool()])
     if with_entropy:
-        return on_grid(mask, values[0]), on_grid(mask, values[1])
+        return on_grid(mask, values[:, 0]), on_grid(mask, values[:, 1])
     return on_grid(mask, values)
 
 
@@ -766,20 +927,21 @@ def on_grid(mask, values):
 def micro_batches(rollouts: Rollouts, rows: list[int], size: int):
     """Splits `rows` into lists of at most `size` (0: all), each with the columns it uses. Similar lengths
     together and the longest first, so that memory runs out in the first step or never."""
-    size, lengths = size or len(rows), rollouts.attention_mask.sum(1).tolist()
-    rows = sorted(rows, key=lambda i: -lengths[i])
-    for i in range(0, len(rows), size or 1):
-        used = rollouts.attention_mask[rows[i:i + size]].any(0).nonzero()
-        yield rows[i:i + size], slice(int(used[0]), int(used[-1]) + 1)
+    rows = sorted(rows, key=lambda i: -rollouts.lengths[i])
+    size = size or max(1, len(rows))
+    for i in range(0, len(rows), size):
+        yield rows[i:i + size], slice(0, rollouts.lengths[rows[i]])
 
 
 @torch.no_grad()
 def score(model, rollouts: Rollouts, temperature: float = 1.0, micro_batch: int = 0):
     """token_logps and entropies of whole rollouts, without gradient, in micro-batches: two tensors (B, T)."""
-    logps, entropy = torch.zeros_like(rollouts.logps), torch.zeros_like(rollouts.logps)
-    for batch in micro_batches(rollouts, range(len(rollouts.ids)), micro_batch):    # (rows, columns)
-        inputs = (x[batch] for x in (rollouts.ids, rollouts.attention_mask, rollouts.mask))
-        logps[batch], entropy[batch] = token_logps(model, *inputs, temperature, with_entropy=True)
+    logps = torch.zeros_like(rollouts.logps)                                        # (B, T)
+    entropy = torch.zeros_like(rollouts.logps)                                      # (B, T)
+    for rows, columns in micro_batches(rollouts, range(len(rollouts.ids)), micro_batch):
+        ids, mask = rollouts.part(rows, columns)                                    # (b, t) each
+        scores = token_logps(model, ids, mask, temperature, with_entropy=True)      # (b, t) each
+        logps[rows, columns], entropy[rows, columns] = scores
     return logps, entropy
 
 
@@ -831,16 +993,20 @@ def apply_gradients(model, optimizer, step: int, lr: float, warmup: int = 5) -> 
 def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int) -> float:
     """--minibatches optimiser updates on a batch of rollouts -> the last gradient norm. advantages (B, T) or
     (B, 1). With one update a batch the ratio is 1 and the clip inert; with more, it starts to act."""
-    norm, advantages = 0.0, advantages.expand(rollouts.ids.shape)                   # (B, T)
+    advantages = advantages.expand(rollouts.ids.shape)                              # (B, T)
+    norm = 0.0
     student.train()  # switches gradient checkpointing on; the models have no dropout
-    for rows in torch.arange(len(rollouts.ids)).chunk(config.minibatches):
-        if not (advantages[rows] * rollouts.mask[rows]).any():
+    for minibatch in torch.arange(len(rollouts.ids)).chunk(config.minibatches):
+        if not (advantages[minibatch] * rollouts.mask[minibatch]).any():
             continue  # no signal: not even Adam's momentum may move the weights
-        tokens = rollouts.mask[rows].sum()  # one denominator: the micro-batches add up to the whole gradient
-        for batch in micro_batches(rollouts, rows.tolist(), config.micro_batch):    # (rows, columns)
-            ids, attention, mask = (x[batch] for x in (rollouts.ids, rollouts.attention_mask, rollouts.mask))
-            logps = token_logps(student, ids, attention, mask, config.temperature)  # (b, t)
-            policy_loss(logps, rollouts.logps[batch], advantages[batch], mask, denominator=tokens).backward()
+        # one denominator: the micro-batches add up to the whole gradient
+        tokens = rollouts.mask[minibatch].sum()
+        for rows, columns in micro_batches(rollouts, minibatch.tolist(), config.micro_batch):
+            ids, mask = rollouts.part(rows, columns)                                # (b, t) each
+            logps = token_logps(student, ids, mask, config.temperature)             # (b, t)
+            loss = policy_loss(logps, rollouts.logps[rows, columns], advantages[rows, columns], mask,
+                               denominator=tokens)
+            loss.backward()
         norm = apply_gradients(student, optimizer, step, config.rate)
     student.eval()
     return norm
@@ -862,8 +1028,8 @@ def evaluate(model, tok, tasks: list[Task], **sampling) -> dict:
 
 
 # ------------------------------------------------------------------------------------- runs on disk
-# Flags that change no number of a run.
-FREE_FLAGS = ("out", "resume", "overwrite", "threads", "save_every", "show_every", "plot", "fresh", "compare",
+# Flags that change no number of a step.
+FREE_FLAGS = ("steps", "out", "resume", "overwrite", "threads", "save_every", "show_every", "fresh", "compare",
               "methods", "seeds", "explain")
 
 
@@ -907,13 +1073,13 @@ class Run:
     def resume(self) -> None:
         """Reads the checkpoint. It must be of a run with the same flags; --steps may differ."""
         self.state = last_state(self.folder)
-        if self.state is None or self.config.overwrite:
-            fail(f"no checkpoint to go on from in {self.folder}; start with --overwrite, without --resume")
+        if self.state is None:
+            fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
         recorded, now = self.state["notes"]["fingerprint"], self.notes["fingerprint"]
         changed = [f"--{name}" for name in recorded if recorded[name] != now.get(name)]
         if "--code" in changed:
             print("the code has changed since this run began; it goes on with today's", flush=True)
-        changed = [flag for flag in changed if flag not in ("--steps", "--code")]
+        changed = [flag for flag in changed if flag != "--code"]
         if changed:
             fail(f"{self.folder} was begun with other values of {', '.join(changed)}; give those again")
         self.notes = {**self.state["notes"], "fingerprint": now}
@@ -927,10 +1093,10 @@ class Run:
         self.generator = generator
         self.dice = dice
         student = modules[0]
-        print(f"{self.script}.py  {config.method}  {config.model} model, "
-              f"{student.num_parameters() / 1e6:.2f} M parameters | {student.device}, "
-              f"{torch.get_num_threads()} thread(s) | seed {config.seed} | "
-              f"{config.steps} steps x {config.prompts_per_step} prompts x {config.group_size} rollouts\n"
+        model = f"{config.model} model, {student.num_parameters() / 1e6:.2f} M parameters"
+        work = f"{config.steps} steps x {config.prompts_per_step} prompts x {config.group_size} rollouts"
+        print(f"{self.script}.py  {config.method}  {model} | {student.device}, {torch.get_num_threads()} "
+              f"thread(s) | seed {config.seed} | {work}\n"
               "The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
         if config.resume:
             for module, state in zip(self.modules, self.state["modules"], strict=True):
@@ -1029,13 +1195,12 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         notes = self.notes
         summary = {"method": self.config.method, "seed": self.config.seed, "accuracy_best": notes["best"]}
-        for name, key in (("accuracy", "accuracy"), ("greedy", "greedy_accuracy"), ("length", "length")):
-            summary[f"{name}_before"] = notes["before"][key]
-            summary[f"{name}_after"] = after[key]
-        summary |= {"se": after["se"], "greedy_se": after["greedy_se"], "seconds": time.time() - self.began,
-                    "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]), **more}
-        summary |= {"skipped_steps": notes["skipped_steps"], "fingerprint": notes["fingerprint"],
-                    "config": asdict(self.config),
+        for key, value in after.items():
+            summary[f"{key}_before"] = notes["before"][key]
+            summary[f"{key}_after"] = value
+        summary |= {"seconds": time.time() - self.began, "skipped_steps": notes["skipped_steps"],
+                    "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]), **more,
+                    "fingerprint": notes["fingerprint"], "config": asdict(self.config),
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
         model.save_pretrained(self.folder / "model")
         tok.save_pretrained(self.folder / "model")
@@ -1088,7 +1253,7 @@ def finished_cell(cell, script: str) -> dict | None:
     path = folder / "summary.json"
     if path.exists() and not cell.overwrite:
         summary = json.loads(path.read_text())
-        if summary["fingerprint"] == now:
+        if summary["fingerprint"] == now and summary["config"]["steps"] == cell.steps:
             print(f"taken from {folder}, where it was finished earlier; --overwrite trains it again")
             return summary
         print(f"{folder} was finished with other flags or other code; it is trained again")
@@ -1102,6 +1267,7 @@ def seed_table(summaries: dict[str, list[dict]], columns: dict[str, str]) -> str
     """columns: key of the summaries -> heading. Cells: mean ± sample standard deviation over the seeds. Behind
     the first column, the mean *paired difference* to the first row, seed by seed, ± its standard error."""
     def cell(values, divisor=1.0):
+        values = [value for value in values if value is not None]
         if not values:
             return "-"
         spread = f" ± {np.std(values, ddof=1) / divisor:.3f}" if len(values) > 1 else ""
@@ -1111,27 +1277,12 @@ def seed_table(summaries: dict[str, list[dict]], columns: dict[str, str]) -> str
     first_row, *_ = summaries.values()
     rows = []
     for name, runs in summaries.items():
-        cells = [cell([run[key] for run in runs if run.get(key) is not None]) for key in columns]
-        differences = [run[first_key] - other[first_key] for run, other in zip(runs, first_row)]
-        paired = "" if runs is first_row else cell(differences, divisor=len(differences)**0.5)
+        cells = [cell([run.get(key) for run in runs]) for key in columns]
+        gaps = [run[first_key] - other[first_key] for run, other in zip(runs, first_row)]
+        paired = "" if runs is first_row else cell(gaps, divisor=len(gaps)**0.5)
         rows.append([name, cells[0], paired, *cells[1:]])
-    first_heading, *headings = columns.values()
-    return table(rows, ["method", first_heading, f"paired with {rows[0][0]}, ± s.e.", *headings])
-
-
-def plot_runs(png: str, folders: list) -> None:
-    """Accuracy, solved share, entropy and response length of run folders over the step, in one PNG."""
-    import matplotlib.pyplot as plt  # slow to import
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.5), layout="tight")
-    for folder in folders:
-        lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        for axis, key in zip(axes, ("accuracy", "solved", "entropy", "length")):
-            wanted = [r for r in records if key in r and ("eval" in r) == (key == "accuracy")]
-            axis.plot([r["step"] for r in wanted], [r[key] for r in wanted])
-            axis.set(title=key, xlabel="step")
-    axes[0].legend([Path(folder).name for folder in folders])
-    figure.savefig(png)
+    heading, *headings = columns.values()
+    return table(rows, ["method", heading, f"minus {rows[0][0]}, ± s.e.", *headings])
 
 
 def launch(config, script: str, train: Callable, **actions: Callable) -> None:
@@ -1140,14 +1291,10 @@ def launch(config, script: str, train: Callable, **actions: Callable) -> None:
     if len(chosen) > 1:
         fail(f"give one of {', '.join('--' + flag for flag in actions)}")
     try:
-        if config.plot:
-            png, *folders = config.plot
-            plot_runs(png, folders or [run_folder(config, script)])
-        else:
-            (chosen or [train])[0](config)
+        (chosen or [train])[0](config)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; lower --micro_batch (same gradient), --max_new_tokens, --group_size or a "
-             "local judge's --reply_tokens")
+        fail("out of GPU memory; lower --rows_at_once (rollouts, judges), --micro_batch (same gradient), "
+             "--max_new_tokens, or a local judge's --reply_tokens")
     except OSError as error:  # a folder that cannot be written, a full disk
         fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -1156,13 +1303,12 @@ def launch(config, script: str, train: Callable, **actions: Callable) -> None:
 
 # ---------------------------------------------------------------------- chat, for judges and memory
 def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, *, json_object: bool = False,
-                 batch: int = 0, device: str = "", **network) -> Callable:
+                 rows_at_once: int = 0, device: str = "", **network) -> Callable:
     """A function: conversations (lists of messages), temperature -> texts, None where no full answer came.
     name: a Hugging Face id or folder, or an OpenAI-compatible server's URL (`model_name`: its model)."""
     if name.startswith(("http://", "https://")):
         return endpoint(name, model_name, max_new_tokens, json_object, **network)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    batch = batch or (32 if mixed_precision(device) else 8)
     model, tok = load_model(name, device, trainable=False)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -1172,12 +1318,11 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, *, 
         for conversation in conversations:
             messages = [{**message, "content": defused(tok, message["content"])} for message in conversation]
             tasks.append(Task(messages, ""))
+        out = rollout(model, tok, tasks, max_new_tokens=max_new_tokens, temperature=temperature,
+                      generator=generator, rows_at_once=rows_at_once)
         answers = []
-        for start in range(0, len(tasks), batch):
-            out = rollout(model, tok, tasks[start:start + batch], max_new_tokens=max_new_tokens,
-                          temperature=temperature, generator=generator)
-            for text, finished in zip(out.texts, out.finished.tolist()):
-                answers.append(text.rsplit("</think>", 1)[-1].strip() if finished else None)
+        for text, finished in zip(out.texts, out.finished.tolist()):
+            answers.append(text.rsplit("</think>", 1)[-1].strip() if finished else None)
         return answers
     return chat
 
@@ -1193,7 +1338,6 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, 
     usual = {"model": model_name or "default", "max_tokens": max_new_tokens}
     if json_object:
         usual["response_format"] = {"type": "json_object"}
-    warned = []
 
     def request(messages, temperature):
         """-> text or None, and what was said instead of a reply."""
@@ -1205,10 +1349,8 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, 
                 cut = choice.finish_reason in ("length", "content_filter")
                 return (None if cut or not isinstance(text, str) else text or None), ""
             except Exception as error:  # the error classes differ between versions, these attributes do not
-                response = getattr(error, "response", None)
-                code = getattr(response, "status_code", 0)
-                words = getattr(response, "text", "") or getattr(error, "doc", "") or error
-                said = " ".join(f"{code or type(error).__name__} {words}".split())[:300]
+                code = getattr(getattr(error, "response", None), "status_code", 0)
+                said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if 400 <= code < 500 or attempt == retries:
                 return None, said
             time.sleep(2.0**attempt)
@@ -1217,9 +1359,8 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, 
         with ThreadPool(8) as pool:
             replies = pool.map(functools.partial(request, temperature=temperature), conversations)
         said = next((said for _, said in replies if said), "")
-        if said and not warned:
-            warned.append(said)
-            print(f"warning: {url} gave no reply to a request ({said}); said only once", flush=True)
+        if said:
+            print_once(f"warning: {url} gave no reply to a request ({said})")
         return [text for text, _ in replies]
 
     _, said = request([{"role": "user", "content": "Reply with the JSON object {}."}], 0.0)

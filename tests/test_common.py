@@ -13,8 +13,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 import common
+import plot
 from common import Task
 from conftest import ROOT, timeless
 
@@ -79,8 +82,7 @@ def test_policy_loss_is_one_token_mean():
 # ------------------------------------------------------------------------------------------ scoring
 def naive_logits(model, rollouts):
     """All at once, shifted by one: what predicts columns 1, 2, ..."""
-    return model(input_ids=rollouts.ids, attention_mask=rollouts.attention_mask,
-                 position_ids=common.positions(rollouts.attention_mask)).logits[:, :-1]
+    return model(input_ids=rollouts.ids).logits[:, :-1]
 
 
 def naive_logps(model, rollouts, temperature=1.0):
@@ -107,21 +109,22 @@ def test_rollout_and_scorer_agree(model, tok, temperature):
 
 
 def test_padding_changes_nothing(model, tok):
+    """Each row alone, without any padding, gives what it gives in the batch."""
     rollouts = some_rollouts(model, tok)
-    one = common.token_logps(model, rollouts.ids, rollouts.attention_mask, rollouts.mask)
-    for left, right in ((7, 0), (0, 5), (3, 4)):
-        def pad(x, value=0):
-            return torch.nn.functional.pad(x, (left, right), value=value)
-        more = common.token_logps(model, pad(rollouts.ids, 5), pad(rollouts.attention_mask),
-                                  pad(rollouts.mask))
-        assert torch.allclose(more[:, left:more.shape[1] - right], one, atol=1e-5)
+    one = common.token_logps(model, rollouts.ids, rollouts.mask)
+    for i, length in enumerate(rollouts.lengths):
+        alone = common.token_logps(model, *rollouts.part([i], slice(0, length)))
+        assert torch.allclose(alone, one[[i], :length], atol=1e-5) and not one[i, length:].any()
+    wide = torch.nn.functional.pad(rollouts.ids, (0, 5), value=9)
+    more = common.token_logps(model, wide, torch.nn.functional.pad(rollouts.mask, (0, 5)))
+    assert torch.allclose(more[:, :-5], one, atol=1e-5)
 
 
 def test_vocabulary_chunks_change_neither_value_nor_gradient(model, tok, monkeypatch):
     rollouts, results = some_rollouts(model, tok), []
     for size in (2**26, 5 * len(tok)):
         monkeypatch.setattr(common, "CHUNK_LOGITS", size)
-        logps = common.token_logps(model, rollouts.ids, rollouts.attention_mask, rollouts.mask)
+        logps = common.token_logps(model, rollouts.ids, rollouts.mask)
         logps.sum().backward()
         results.append([logps.detach(), *(p.grad.clone() for p in model.parameters())])
         model.zero_grad()
@@ -139,8 +142,8 @@ def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypa
         model.zero_grad()
     monkeypatch.setattr(common, "apply_gradients", keep)
     order = torch.randperm(len(rollouts.ids), generator=torch.Generator().manual_seed(2))
-    fields = ("ids", "attention_mask", "mask", "logps")
-    shuffled = dataclasses.replace(rollouts, **{f: getattr(rollouts, f)[order] for f in fields})
+    fields = {f: getattr(rollouts, f)[order] for f in ("ids", "mask", "logps")}
+    shuffled = dataclasses.replace(rollouts, **fields, lengths=[rollouts.lengths[i] for i in order])
     for batch, a, size in ((rollouts, advantages, 0), (rollouts, advantages, 1), (rollouts, advantages, 4),
                            (shuffled, advantages[order], 2)):
         common.update(model, None, batch, a, common.Config(micro_batch=size), 0)
@@ -181,27 +184,33 @@ def call(expression, name="calculator"):
 
 def run_script(monkeypatch, tok, model, rows, **how):
     """rows: per row a list of turns. In place of common.choose, each row gets its own ids, in order."""
-    batch = []
+    batch, scripts, write = [], {}, common.RowCache.write
 
-    class Row(common.Row):
-        def __init__(self):
-            super().__init__()
-            turns = [t if isinstance(t, list) else common.encode(tok, t) for t in rows[len(batch)]]
-            self.script = iter([i for turn in turns for i in [*turn, common.end_of_turn(tok)]])
-            batch.append(self)
+    def spy(cache, now):
+        if not scripts:  # the first pass has all rows, in their order
+            for row, turns in zip(now, rows):
+                turns = [t if isinstance(t, list) else common.encode(tok, t) for t in turns]
+                scripts[id(row)] = iter([i for turn in turns for i in [*turn, common.end_of_turn(tok)]])
+        batch[:] = now
+        return write(cache, now)
 
     def choose(logits, temperature, generator):
-        if len(logits) < len(batch):  # the rollout has dropped the rows that are done
-            batch[:] = [row for row in batch if not row.done]
-        token = torch.tensor([0 if row.queue or row.done else next(row.script) for row in batch])
+        writes = [not row.done and row.read == len(row.ids) for row in batch]
+        token = torch.tensor([[next(scripts[id(row)]) if w else 0] for row, w in zip(batch, writes)])
         logps = torch.log_softmax(logits / temperature, -1)
-        return token, logps.gather(1, token[:, None])[:, 0], common.entropy_of(logps)
+        return torch.cat([token, logps.gather(1, token), common.entropy_of(logps)[:, None]], 1)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "Row", Row)
+        patch.setattr(common.RowCache, "write", spy)
         patch.setattr(common, "choose", choose)
         tasks = [ask(f"question {i} {'x' * i}") for i in range(len(rows))]
         how = {"max_new_tokens": 400, "tool": common.TOOLS["calculator"], **how}
         return common.rollout(model, tok, tasks, **how)
+
+
+def response(out, i):
+    """ids and mask of row i behind its prompt."""
+    columns = slice(out.prompt_lengths[i], out.lengths[i])
+    return out.ids[i, columns].tolist(), out.mask[i, columns].tolist()
 
 
 def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
@@ -218,16 +227,14 @@ def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
                     "<|im_start|>assistant\n") if k < len(answers[i]) else ""
             heard = common.encode(tok, glue)
             expected, mask = expected + said + heard, mask + [1] * len(said) + [0] * len(heard)
-        length = int(out.attention_mask[i, out.prompt_length:].sum())
-        assert out.ids[i, out.prompt_length:][:length].tolist() == expected
-        assert out.mask[i, out.prompt_length:][:length].tolist() == mask
+        assert response(out, i) == (expected, mask)
         assert int(out.mask[i].sum()) == sum(mask)
         assert len(out.turns[i]) == len(turns)
     assert out.tool_status == [["ok", "error", "none"], ["none"], ["error", "none"]]
     assert out.finished.tolist() == [True] * 3 and out.texts == ["\\boxed{7}", "\\boxed{3}", "\\boxed{9}"]
     assert common.rewards(out, [ask("")] * 3).tolist() == [1.0, 0.0, 0.0]
     # the cache across tool turns and the compacted batch must give what one full pass gives
-    again = common.token_logps(model, out.ids, out.attention_mask, out.mask)
+    again = common.token_logps(model, out.ids, out.mask)
     assert torch.allclose(again, out.logps, atol=1e-5)
     assert "[5]" in common.transcript(tok, out, 0) and "<|im_end|>" not in common.transcript(tok, out, 0)
 
@@ -237,7 +244,7 @@ def test_ids_survive_a_tokenizer_that_would_encode_them_differently(monkeypatch,
     bytewise = [i for c in "\\boxed{7}" for i in common.encode(tok, c)]
     assert common.encode(tok, tok.decode(bytewise)) != bytewise
     out = run_script(monkeypatch, tok, model, [[bytewise]])
-    assert out.ids[0, out.prompt_length:].tolist() == [*bytewise, common.end_of_turn(tok)]
+    assert response(out, 0)[0] == [*bytewise, common.end_of_turn(tok)]
     assert common.rewards(out, [ask("")]).tolist() == [1.0]
 
 
@@ -246,7 +253,7 @@ def test_budget_turn_limit_and_malformed_calls(monkeypatch, tok, model):
     long = run_script(monkeypatch, tok, model, [[call("1+1"), "\\boxed{7}"]], max_new_tokens=budget)
     assert long.finished.tolist() == [False] and long.tool_status == [["ok"]]
     sampled = int(long.mask[0].sum())  # and nothing else: the message is not appended
-    assert int(long.attention_mask[0, long.prompt_length:].sum()) == sampled
+    assert len(response(long, 0)[0]) == sampled
     turns = run_script(monkeypatch, tok, model, [[call("1+1"), call("2+2")]], max_turns=2)
     assert turns.tool_status == [["ok", "none"]] and not turns.finished[0]  # the last call is not run
     broken = run_script(monkeypatch, tok, model, [['<tool_call>{"name": </tool_call>']])
@@ -259,7 +266,7 @@ def test_pad_may_be_the_end_of_turn_token(tok, model):
     same = copy.deepcopy(tok)
     same.pad_token = same.eos_token
     a, b = some_rollouts(model, tok, max_new_tokens=60), some_rollouts(model, same, max_new_tokens=60)
-    assert torch.equal(a.mask, b.mask) and torch.equal(a.attention_mask, b.attention_mask)
+    assert torch.equal(a.mask, b.mask) and a.lengths == b.lengths
     assert torch.allclose(a.logps, b.logps, atol=1e-5)
     for i in a.finished.nonzero().flatten().tolist():  # the sampled end-of-turn is trained
         last = int(a.mask[i].nonzero()[-1])
@@ -271,6 +278,169 @@ def test_same_seed_same_rollouts_and_greedy_is_the_argmax(tok, model):
     greedy = some_rollouts(model, tok, temperature=0.0)
     chosen = greedy.mask[:, 1:].bool()
     assert torch.equal(naive_logits(model, greedy).argmax(-1)[chosen], greedy.ids[:, 1:][chosen])
+
+
+def lively(config_class, tok, **how):
+    """A random model whose greedy text does not repeat itself."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(
+        vocab_size=len(tok), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.06,
+        tie_word_embeddings=True, pad_token_id=tok.pad_token_id, **how)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name:
+                parameter.mul_(3)
+    return model
+
+
+# What `rollout` wrote when every row was fed column by column.
+GREEDY = [[214, 115, 191, 258],
+          [219, 239, 175, 62, 0, 135, 232, 127, 180, 35, 61, 50, 188, 81, 115, 227, 272, 53, 81, 155, 266, 29, 187,
+           207],
+          [219, 36, 192, 219, 36, 155, 187, 166, 145, 251, 65, 135, 81, 31, 191, 19, 65, 123, 271, 215, 186, 52, 36,
+           193]]
+
+
+def test_greedy_ids_are_those_of_the_plain_loop(tok):
+    model = lively(Qwen3Config, tok)
+    for rows_at_once in (0, 1, 2):
+        out = some_rollouts(model, tok, 1, max_new_tokens=24, temperature=0.0, rows_at_once=rows_at_once)
+        assert [response(out, i)[0] for i in range(3)] == GREEDY
+
+
+@pytest.mark.parametrize("config_class, more", [
+    (Qwen2Config, {}), (LlamaConfig, {}),
+    (Gemma3TextConfig, {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]})])
+def test_other_models(tok, config_class, more):
+    """Greedy ids equal the argmax of one full pass, at prompts longer than a sliding window, too."""
+    model = lively(config_class, tok, **more)
+    out = some_rollouts(model, tok, 2, max_new_tokens=40, temperature=0.0)
+    chosen = out.mask[:, 1:].bool()
+    assert min(out.prompt_lengths) > 12
+    assert torch.equal(naive_logits(model, out).argmax(-1)[chosen], out.ids[:, 1:][chosen])
+    assert torch.allclose(common.token_logps(model, out.ids, out.mask), out.logps, atol=1e-4)
+
+
+def many_turns(monkeypatch, tok, model, **how):
+    """Sixteen rows of one to four turns; tools' messages of very different lengths, control tokens in some."""
+    rng = random.Random(1)
+    rows = [[call(f"{i}+{k}") for k in range(rng.randrange(4))] + ["x" * rng.randrange(1, 30)] for i in range(16)]
+    answers = ["5", "long " * 20, "a<|im_end|>b</tool_response><|im_start|>", "some more words"]
+    tool = dataclasses.replace(common.TOOLS["calculator"], run=lambda arguments: (
+        answers[sum(map(ord, arguments["expression"])) % 4], "ok"))
+    return rows, run_script(monkeypatch, tok, model, rows, tool=tool, **how)
+
+
+def test_messages_waiting_leaving_and_slices_change_nothing(monkeypatch, tok, model):
+    rows, out = many_turns(monkeypatch, tok, model)
+    assert torch.allclose(common.token_logps(model, out.ids, out.mask), out.logps, atol=1e-5)
+    assert [len(turns) for turns in out.turns] == [len(row) for row in rows] and out.finished.all()
+    for share in (0, 2):  # each message is read at once; all ids go in one by one
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "READ_WHEN", share)
+            _, other = many_turns(patch, tok, model)
+        assert torch.equal(other.ids, out.ids) and torch.allclose(other.logps, out.logps, atol=1e-5)
+    _, cut = many_turns(monkeypatch, tok, model, max_new_tokens=70)  # a message that would fill it is dropped
+    assert not cut.finished.all() and max(b - a for a, b in zip(cut.prompt_lengths, cut.lengths)) <= 70
+    assert torch.allclose(common.token_logps(model, cut.ids, cut.mask), cut.logps, atol=1e-5)
+
+
+def test_the_sampler_draws_from_the_distribution():
+    """Chi-square on 1e5 draws of 8 tokens, one of which has probability 0; same generator, same draws."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -math.inf, 1.5, -2.0]).expand(100_000, 8)
+    for temperature in (1.0, 0.5):
+        generator = torch.Generator().manual_seed(0)
+        token, logp, entropy = common.choose(logits, temperature, generator).unbind(1)
+        p = torch.softmax(logits[0] / temperature, -1)
+        counts = torch.bincount(token.long(), minlength=8)
+        expected = 100_000 * p
+        chi_square = ((counts - expected)**2 / expected)[p > 0].sum()
+        assert counts[5] == 0 and chi_square < 22.5  # six degrees of freedom, p = .001
+        assert torch.allclose(logp, p.log()[token.long()], atol=1e-5)
+        assert torch.allclose(entropy, -(p * p.log()).nan_to_num().sum(), atol=1e-5)
+        again = common.choose(logits, temperature, torch.Generator().manual_seed(0))
+        assert torch.equal(again[:, 0], token)
+
+
+def prepared(tok, model):
+    """A cache with three rows, ready for its next *write* pass."""
+    rows = [common.Row(common.encode(tok, text), 50, 0) for text in ("Start", "Start with 3", "a b c")]
+    cache = common.RowCache(model, 50)
+    cache.read(rows, range(3))
+    cache.write(rows)
+    return cache
+
+
+def test_a_cuda_graph_could_record_the_write_pass(tok, model, monkeypatch):
+    """No value is read on the host: a fake tensor has none. That the test would notice is shown, too."""
+    cache = prepared(tok, model)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        assert cache.one_id_a_row().shape == (3, len(tok))
+    feed = common.RowCache.feed
+    monkeypatch.setattr(common.RowCache, "feed", lambda self, rows, ids, place, columns: feed(
+        self, rows, ids, place, int(place.max()) + 1))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), pytest.raises(DataDependentOutputException):
+        cache.one_id_a_row()
+
+
+def test_what_is_recorded_stays_in_its_place(tok, model, monkeypatch):
+    """CUDA's path on a CPU, with a recorder that notes addresses: inputs, cache and weights never move."""
+    recordings = []
+
+    def record(step):
+        cache = step.__closure__[[cell for cell in step.__code__.co_freevars].index("self")].cell_contents
+
+        def addresses():
+            tensors = [cache.inputs, *(x for layer in cache.layers for x in (layer.keys, layer.values)),
+                       *cache.model.parameters()]
+            return [tensor.data_ptr() for tensor in tensors]
+        step()
+        recorded, runs = addresses(), []
+        recordings.append(runs)
+
+        def replay():
+            assert addresses() == recorded
+            runs.append(1)
+            return step()
+        return replay
+    monkeypatch.setattr(common, "mixed_precision", lambda device: True)
+    monkeypatch.setattr(common, "record", record)
+    _, out = many_turns(monkeypatch, tok, model)
+    assert len(recordings) > 1 and sum(map(len, recordings)) > 20  # anew only where rows have left
+    assert (common.token_logps(model, out.ids, out.mask) - out.logps).abs().max() < 0.2  # bf16
+
+
+def test_a_recording_that_fails_is_said_once_and_the_pass_runs(tok, model, monkeypatch, capsys):
+    monkeypatch.setattr(common, "mixed_precision", lambda device: True)  # and there is no CUDA here
+    common.print_once.cache_clear()
+    out = some_rollouts(model, tok)
+    assert capsys.readouterr().out.count("could not record") == 1 and out.mask.any()
+
+
+def test_rollouts_follow_the_weights_that_are_trained(tok, model, monkeypatch):
+    """On CUDA's path they run on a bf16 copy: the same object, brought up to date; rotary tables stay fp32."""
+    assert common.for_writing(model) is model
+    monkeypatch.setattr(common, "mixed_precision", lambda device: True)
+    student = copy.deepcopy(model)
+    first = common.for_writing(student)
+    address = next(first.parameters()).data_ptr()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+        second = common.for_writing(student)
+    assert second is first is not student and next(second.parameters()).data_ptr() == address
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(second.parameters(), student.parameters()))
+    assert all(b.dtype == torch.float32 for b in second.buffers()) and not next(second.parameters()).requires_grad
+
+
+def test_a_tool_that_fails_costs_one_answer(monkeypatch, tok, model):
+    def run(arguments):
+        raise RuntimeError("out of order")
+    broken = dataclasses.replace(common.TOOLS["calculator"], run=run)
+    out = run_script(monkeypatch, tok, model, [[call("1+1"), "\\boxed{7}"]], tool=broken)
+    assert out.tool_status == [["error", "none"]] and out.finished[0]
+    assert "[error: RuntimeError: out of order]" in common.transcript(tok, out, 0)
 
 
 # Shows no tools, knows no role `tool`, and closes the thinking block where thinking is off, as Qwen3's does.
@@ -388,9 +558,9 @@ GOOD = '{"question": "q", "answer": "1"}\n'
 
 
 @pytest.mark.parametrize("name, text, word", [
-    ("a.jsonl", GOOD + '{"question": "tru', "line 2"), ("a.jsonl", GOOD + GOOD[:9] + "\n" + GOOD, "line 2"),
+    ("a.jsonl", GOOD + '{"question": "tru', "row 1"), ("a.jsonl", GOOD + GOOD[:9] + "\n" + GOOD, "row 1"),
     ("a.jsonl", '{"foo": 1, "answer": "2"}\n', "'foo'"), ("a.jsonl", GOOD, "too few"),
-    ("a.json", '[\n{"question": "q"},\n{"question"\n]', "line 4"), ("a.jsonl", "\xe9", "utf-8"),
+    ("a.json", '[\n{"question": "q"},\n{"question"\n]', "position 33"), ("a.jsonl", "\xe9", "row 0"),
     ("x.parquet", "none", "cannot read"), ("a.csv", "foo,bar\n1,2\n", "'bar'"),
     ("notes.txt", "hi", "no network")])
 def test_bad_data_is_refused_in_one_sentence(name, text, word, tmp_path, refused, monkeypatch):
@@ -434,7 +604,7 @@ def test_evaluate(monkeypatch, tok, model):
     monkeypatch.setattr(common, "rollout", lambda *args, **how: out)
     result = common.evaluate(model, tok, [ask("a"), ask("b"), ask("c")], max_new_tokens=20)
     third = dict.fromkeys(("accuracy", "se", "greedy_accuracy", "greedy_se"), 1 / 3)
-    assert result == pytest.approx({**third, "length": 20, "finished": 2 / 3})
+    assert result == pytest.approx({**third, "length": int(out.mask.sum()) / 3, "finished": 2 / 3})
 
 
 # ------------------------------------------------------------------------------ models, cache, runs
@@ -481,14 +651,17 @@ def test_stopped_and_resumed_equals_never_stopped_and_nothing_is_lost(tmp_path, 
             signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(common.Run, "step", interrupted)
     common.main(["--out", str(whole), *flags])
-    assert len(calls) == 3  # before, and after steps 2 and 4: the last one is not done twice
+    assert len(calls) == 4  # before, after steps 2 and 4, and at the end
     with pytest.raises(SystemExit) as stop:
         common.main(["--out", str(parts), *flags])
     assert stop.value.code == 130 and "stopped after step 3" in capsys.readouterr().out
     with open(parts / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "solved": 0.1}\n{"step": 5, "sol')  # what a kill leaves behind
     assert "--seed" in refused(common.main, ["--resume", "--seed", "1", "--out", str(parts), *flags])
-    common.main(["--resume", "--out", str(parts), *flags])
+    with monkeypatch.context() as patch:  # other code goes on, and says so
+        patch.setattr(common.Path, "read_bytes", lambda path: b"edited")
+        common.main(["--resume", "--out", str(parts), *flags])
+    assert "the code has changed" in capsys.readouterr().out
     assert timeless(whole) == timeless(parts)
     a, b = (json.loads((f / "summary.json").read_text()) for f in (whole, parts))
     assert a["accuracy_best"] == b["accuracy_best"]
@@ -501,11 +674,11 @@ def test_stopped_and_resumed_equals_never_stopped_and_nothing_is_lost(tmp_path, 
                         (["--out", str(whole / "summary.json" / "x")], "Not a directory")):
         assert word in refused(common.main, [*flags, *SMALL])  # and nothing is destroyed
     assert sorted(str(f) for f in tmp_path.rglob("*")) == before
-    common.main(["--plot", str(tmp_path / "a.png"), str(whole), str(parts)])
+    plot.plot_runs(tmp_path / "a.png", [whole, parts])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
+def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
     """Finished cells are taken, a cell in the middle goes on; the table is that of an uninterrupted run."""
     trained = []
 
@@ -520,7 +693,7 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
         config = common.Config(steps=3, prompts_per_step=2, group_size=4, eval_tasks=8, max_new_tokens=40,
                                save_every=1, out=str(tmp_path / out), **flags)
         config.seeds, variants = 1, {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}}
-        return common.seed_table(common.compared(train, config, variants, "x"), {"accuracy_after": "T = 1"})
+        return common.seed_table(common.compared(train, config, variants, "common"), {"accuracy_after": "T = 1"})
 
     whole = compare("whole")
     trained.clear()
@@ -530,17 +703,33 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys):
     assert compare("parts") == whole and trained == ["low-s0", "a-high-rate-s0"]
     out = capsys.readouterr().out
     assert out.count("taken from") == 1 and out.count("step 1/3") == 0 and out.count("step 2/3") == 1
+    assert "2 runs: 2 variants on 1 seeds" in out and "0 runs to go" in out
     for name in trained:
         assert timeless(tmp_path / "whole" / name) == timeless(tmp_path / "parts" / name)
     trained.clear()
     compare("parts", overwrite=True)
     assert len(trained) == 2
+    # what was changed shows at once: a flag, or the code of the script
+    trained.clear()
+    compare("parts", temperature=0.9)
+    assert len(trained) == 2
+    fingerprint = common.fingerprint
+    monkeypatch.setattr(common, "fingerprint", lambda *how: {**fingerprint(*how), "code": "edited"})
+    trained.clear()
+    compare("parts", temperature=0.9)
+    assert len(trained) == 2
+    trained.clear()
+    compare("parts", temperature=0.9)
+    assert not trained
 
 
-def test_seed_table():
-    found = {"a": [{"x": 1.0, "y": None}, {"x": 3.0, "y": 2.0}], "b": [{"x": None}]}
-    _, _, a, b = common.seed_table(found, {"x": "X", "y": "Y"}).splitlines()
-    assert a.split()[3:9] == ["2.000", "±", "1.414", "|", "2.000", "|"] and b.split()[3:6] == ["-", "|", "-"]
+def test_seed_table_pairs_seed_by_seed():
+    runs = {"a": [{"x": 1.0, "y": None}, {"x": 3.0, "y": 2.0}], "b": [{"x": 1.5}, {"x": 4.5}], "c": []}
+    head, _, a, b, c = [line.split("|") for line in common.seed_table(runs, {"x": "X", "y": "Y"}).splitlines()]
+    a, b, c = ([cell.strip() for cell in row] for row in (a, b, c))
+    assert head[3].strip() == "minus a, ± s.e."
+    assert a[2:5] == ["2.000 ± 1.414", "", "2.000"] and b[2:5] == ["3.000 ± 2.121", "1.000 ± 0.500", "-"]
+    assert c[2:5] == ["-", "-", "-"]
 
 
 @pytest.mark.parametrize("error, word", [(torch.OutOfMemoryError("CUDA out of\nmemory."), "--micro_batch"),
