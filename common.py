@@ -564,8 +564,7 @@ class Rollouts:
     mask: torch.Tensor             # (B, T) 1 = sampled by the model (its end-of-turn included)
     logps: torch.Tensor            # (B, T) log-prob of each sampled token when it was sampled; 0 elsewhere
     entropy: torch.Tensor          # (B, T) of the distribution it was sampled from, in nats; 0 elsewhere
-    prompt_lengths: list[int]
-    lengths: list[int]             # prompt and all that follows, without padding
+    lengths: list[int]             # of the rows without their padding
     finished: torch.Tensor         # (B,) the model ended its last turn itself, without asking for a tool
     texts: list[str]               # text of the last turn: what the reward reads
     turns: list[list[tuple[int, int]]]  # per row the [start, end) columns of its turns
@@ -613,7 +612,6 @@ def rollout(model, tok, tasks: list[Task], group_size: int = 1, *, tool: Tool | 
         prompt = prompt_ids(tok, task.messages, tool, thinking)
         for _ in range(group_size):
             rows.append(Row([*prompt], limit=len(prompt) + max_new_tokens, turn_start=len(prompt)))
-    prompt_lengths = [len(row.ids) for row in rows]
     writer = for_writing(model)
     size = rows_at_once or len(rows)
     for i in range(0, len(rows), size):
@@ -625,10 +623,13 @@ def rollout(model, tok, tasks: list[Task], group_size: int = 1, *, tool: Tool | 
         for start, end in row.turns:
             mask[i, start:end] = 1
     draws = torch.cat([torch.tensor(row.draws) for row in rows]).to(model.device)   # (N, 2)
+    logps = on_grid(mask, draws[:, 0])                                              # (B, T)
+    entropy = on_grid(mask, draws[:, 1])                                            # (B, T)
+    lengths = [len(row.ids) for row in rows]
     finished = torch.tensor([row.finished for row in rows], device=model.device)    # (B,)
-    return Rollouts(ids, mask, on_grid(mask, draws[:, 0]), on_grid(mask, draws[:, 1]), prompt_lengths,
-                    [len(row.ids) for row in rows], finished, [row.text for row in rows],
-                    [row.turns for row in rows], [row.status for row in rows])
+    texts = [row.text for row in rows]
+    turns = [row.turns for row in rows]
+    return Rollouts(ids, mask, logps, entropy, lengths, finished, texts, turns, [row.status for row in rows])
 
 
 READ_WHEN = 0.25  # share of the rows that wait for a *read* pass
@@ -711,9 +712,22 @@ class RowLayer(StaticLayer):
         return self.keys[rows, :, :width], self.values[rows, :, :width]
 
 
+def next_ids(rows: list[Row], counts: list[int]):
+    """The next ids of the rows, from now on `read`, and their places: (2, r, q), padded on the right. A row
+    that has no next id, since it is done, repeats its last."""
+    starts = [min(row.read, len(row.ids) - 1) for row in rows]
+    new = []
+    for row, start, count in zip(rows, starts, counts):
+        row.read = start + count
+        new.append(row.ids[start:row.read])
+    ids = padded(new, 0)                                                            # (r, q)
+    place = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])              # (r, q)
+    return torch.stack([ids, place])
+
+
 class RowCache(Cache):
     """The cache of n rows, each with its own length, and the passes that fill it. What a pass leaves behind a
-    row's end (padding, an id fed twice) is written over before any token sees it."""
+    row's end (padding, an id that is repeated) is written over before any token sees it."""
 
     def __init__(self, model, length: int):
         super().__init__(layers=[RowLayer(length) for _ in range(model.config.num_hidden_layers)])
@@ -723,12 +737,13 @@ class RowCache(Cache):
         self.recording = mixed_precision(model.device)
         self.one_id_a_row = None
 
-    def feed(self, rows, ids, place, columns: int):
-        """Ids (r, q) go to `place` (r, q) in `rows` (r,) -> their last hidden states, (r, q, H). Attention reads
-        so many columns; where passes are recorded, all."""
+    def feed(self, numbers, ids, place, columns: int):
+        """Ids (r, q) go to `place` (r, q) of the rows with these numbers (r,) -> their last hidden states,
+        (r, q, H). Attention reads so many columns; where passes are recorded, all."""
         width = self.length if self.recording else columns
+        place = place.clamp(max=self.length - 1)                                    # (r, q)
         for layer in self.layers:
-            layer.at = rows, place, width
+            layer.at = numbers, place, width
         age = place[:, None, :, None] - torch.arange(width, device=ids.device)      # (r, 1, q, width)
         mask = age >= 0  # a token sees itself and what stands before it in its row
         config = self.model.config
@@ -738,25 +753,16 @@ class RowCache(Cache):
                                      use_cache=True).last_hidden_state
 
     def read(self, rows: list[Row], numbers) -> None:
-        """Reads the waiting ids of some rows, but for the last one. numbers: where the rows are in the cache."""
+        """Reads all waiting ids of these rows but the last. numbers: where the rows are in the cache."""
         device = self.model.device
-        ids = padded([row.ids[row.read:-1] for row in rows], 0, device)             # (r, q)
-        start = torch.tensor([row.read for row in rows], device=device)             # (r,)
-        place = start[:, None] + torch.arange(ids.shape[1], device=device)          # (r, q)
-        self.feed(torch.tensor(numbers, device=device), ids, place.clamp(max=self.length - 1),
-                  columns=max(len(row.ids) for row in rows))
-        for row in rows:
-            row.read = len(row.ids) - 1
+        ids, place = next_ids(rows, [len(row.ids) - 1 - row.read for row in rows]).to(device)   # (r, q) each
+        columns = max(row.read for row in rows)
+        self.feed(torch.tensor(numbers, device=device), ids, place, columns)
 
     def write(self, rows: list[Row]):
-        """Takes the next id of every row -> logits (n, V) of what follows. A row that has none repeats its last:
-        it is done."""
-        places = [min(row.read, len(row.ids) - 1) for row in rows]
-        ids = [row.ids[place] for row, place in zip(rows, places)]
-        for row, place in zip(rows, places):
-            row.read = place + 1
-        self.columns = max(places) + 1
-        new = torch.tensor([ids, places])[:, :, None]                               # (2, n, 1)
+        """Takes the next id of every row in the cache -> logits (n, V) of what follows."""
+        new = next_ids(rows, [1] * len(rows))                                       # (2, n, 1)
+        self.columns = max(row.read for row in rows)
         if self.one_id_a_row is None:
             self.one_id_a_row = self.prepare(new.to(self.model.device))
         self.inputs.copy_(new)  # in place: a recorded pass reads the same memory again and again
@@ -1022,9 +1028,10 @@ def evaluate(model, tok, tasks: list[Task], **sampling) -> dict:
     rollouts, right = sample(temperature=1.0)  # in this order: a tool's dice go on
     _, greedy_right = sample(temperature=0.0)
     n = len(tasks)
-    return {"accuracy": float(right.mean()), "se": float(right.std()) / n**0.5,
-            "greedy_accuracy": float(greedy_right.mean()), "greedy_se": float(greedy_right.std()) / n**0.5,
-            "length": int(rollouts.mask.sum()) / n, "finished": int(rollouts.finished.sum()) / n}
+    result = {"accuracy": float(right.mean()), "se": float(right.std()) / n**0.5}
+    result |= {"greedy_accuracy": float(greedy_right.mean()), "greedy_se": float(greedy_right.std()) / n**0.5}
+    result |= {"length": int(rollouts.mask.sum()) / n, "finished": int(rollouts.finished.sum()) / n}
+    return result
 
 
 # ------------------------------------------------------------------------------------- runs on disk
@@ -1093,11 +1100,11 @@ class Run:
         self.generator = generator
         self.dice = dice
         student = modules[0]
-        model = f"{config.model} model, {student.num_parameters() / 1e6:.2f} M parameters"
-        work = f"{config.steps} steps x {config.prompts_per_step} prompts x {config.group_size} rollouts"
-        print(f"{self.script}.py  {config.method}  {model} | {student.device}, {torch.get_num_threads()} "
-              f"thread(s) | seed {config.seed} | {work}\n"
-              "The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
+        amount = f"{config.steps} steps x {config.prompts_per_step} prompts x {config.group_size} rollouts"
+        print(f"{self.script}.py  {config.method}  {config.model} model, "
+              f"{student.num_parameters() / 1e6:.2f} M parameters | {student.device}, "
+              f"{torch.get_num_threads()} thread(s) | seed {config.seed} | {amount}")
+        print("The loss is not printed: with one update a batch it says nothing about progress.", flush=True)
         if config.resume:
             for module, state in zip(self.modules, self.state["modules"], strict=True):
                 module.load_state_dict(state)

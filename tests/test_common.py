@@ -209,7 +209,7 @@ def run_script(monkeypatch, tok, model, rows, **how):
 
 def response(out, i):
     """ids and mask of row i behind its prompt."""
-    columns = slice(out.prompt_lengths[i], out.lengths[i])
+    columns = slice(out.turns[i][0][0], out.lengths[i])
     return out.ids[i, columns].tolist(), out.mask[i, columns].tolist()
 
 
@@ -317,7 +317,7 @@ def test_other_models(tok, config_class, more):
     model = lively(config_class, tok, **more)
     out = some_rollouts(model, tok, 2, max_new_tokens=40, temperature=0.0)
     chosen = out.mask[:, 1:].bool()
-    assert min(out.prompt_lengths) > 12
+    assert min(start for (start, _), *_ in out.turns) > 12
     assert torch.equal(naive_logits(model, out).argmax(-1)[chosen], out.ids[:, 1:][chosen])
     assert torch.allclose(common.token_logps(model, out.ids, out.mask), out.logps, atol=1e-4)
 
@@ -342,7 +342,7 @@ def test_messages_waiting_leaving_and_slices_change_nothing(monkeypatch, tok, mo
             _, other = many_turns(patch, tok, model)
         assert torch.equal(other.ids, out.ids) and torch.allclose(other.logps, out.logps, atol=1e-5)
     _, cut = many_turns(monkeypatch, tok, model, max_new_tokens=70)  # a message that would fill it is dropped
-    assert not cut.finished.all() and max(b - a for a, b in zip(cut.prompt_lengths, cut.lengths)) <= 70
+    assert not cut.finished.all() and max(len(response(cut, i)[0]) for i in range(16)) <= 70
     assert torch.allclose(common.token_logps(model, cut.ids, cut.mask), cut.logps, atol=1e-5)
 
 
