@@ -329,6 +329,12 @@ def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
 
 
 # ----------------------------------------------------------------------------------------- training
+def evaluate(student, tok, tasks: list[Task], config: Config) -> dict:
+    """The same problems and dice for every method; a time-out hits the n-th call."""
+    tool = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(0))
+    return common.evaluate(student, tok, tasks, tool=tool, **config.sampling)
+
+
 def tool_figures(tool_status: list[list[str]]) -> dict:
     """Turns and calls of a rollout, and the share of the calls that failed."""
     turns = sum(tool_status, [])
@@ -351,10 +357,7 @@ def train(config: Config) -> dict:
     tool_rng = random.Random(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
     tool = flaky(common.TOOLS[config.tool], config.timeout_rate, tool_rng)
-
-    def measure() -> dict:  # the same problems and dice for every method; a time-out hits the n-th call
-        same_tool = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(0))
-        return common.evaluate(student, tok, held_out, tool=same_tool, **config.sampling)
+    measure = functools.partial(evaluate, student, tok, held_out, config)
 
     first = run.open_folder([student, optimizer], generator, rng, tool_rng)
     if not config.resume:
@@ -389,12 +392,12 @@ def train(config: Config) -> dict:
             for (start, end), w_k in zip(turns, w):
                 weights[i, start:end] = w_k
 
-        # 5. Eq. 8-10: A_t = A_i + c w_k(t) (q_t - s_t).   The paper prints Eq. 9 as a loss in log pi: its
-        #    gradient on sampled tokens drops the teacher and is zero on average. As an advantage it is the
-        #    score-function form of KL(student || teacher). One for the whole batch, and frozen.
+        # 5. Eq. 8-10: A_t = A_i + c w_k(t) (q_t - s_t)
+        # The paper prints Eq. 9 as a loss in log pi. Its gradient on sampled tokens would drop the teacher
+        # and be zero on average; as an advantage it is the score-function form of KL(student || teacher).
         c = config.coefficient * distill
         advantages = grpo * outcome[:, None] + c * weights * (teacher_logps - logps)    # (B, T)
-        advantages = (advantages * mask).detach()                                   # (B, T)
+        advantages = (advantages * mask).detach()  # (B, T), the same for all updates on this batch
         advantages_ready = time.time()
         norm = common.update(student, optimizer, rollouts, advantages, config, step)  # Eq. 3
 

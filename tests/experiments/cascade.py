@@ -48,7 +48,7 @@ def oracle(task, turns: list[str], statuses: list[str]):
 
 
 @torch.no_grad()
-def teacher_is_right(teacher, tok, prefixes: list[list[int]], rights: list[str], batch: int = 128) -> list[bool]:
+def teacher_is_right(teacher, tok, prefixes: list, rights: list[str], batch: int = 128) -> list[bool]:
     """Would the teacher, greedily, write exactly `right` after the prefix? Teacher-forced: one pass."""
     verdicts = []
     for i in range(0, len(prefixes), batch):
@@ -141,7 +141,8 @@ def cascade(config: sod.Config, count: int = 500) -> None:
         means = [mean(key, later) for key in ("teacher", "right", "d", "H", "w")]
         rows.append([prefix, len(later), *means])
     print("\nby what stands before the turn (turns 2, 3, ...)")
-    print(common.table(rows, ["prefix", "turns", "teacher right", "student right", "d_k", "teacher entropy", "w_k"]))
+    head = ["prefix", "turns", "teacher right", "student right", "d_k", "teacher entropy", "w_k"]
+    print(common.table(rows, head))
 
 
 def main(argv: list[str] | None = None) -> None:
