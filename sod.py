@@ -73,24 +73,37 @@ def step_weights(d: list[float], delta: float = 0.2, epsilon: float = 1e-6) -> l
     return weights
 
 
+def first_failed_call(tool_status: list[str]) -> int:
+    """Index of the first turn whose call failed. If none did, an index behind the last turn: no rule acts."""
+    for k, status in enumerate(tool_status):
+        if status in ("error", "timeout"):
+            return k
+    return len(tool_status)
+
+
 # Rules: the d_k of one rollout, the index of its first failed call, --delta -> a weight for each turn.
 def uniform(d: list[float], first_error: int, delta: float) -> list[float]:
+    """Plain OPD: all turns alike."""
     return [1.0] * len(d)
 
 
 def divergence_ratio(d: list[float], first_error: int, delta: float) -> list[float]:
+    """SOD."""
     return step_weights(d, delta)
 
 
 def no_cap(d: list[float], first_error: int, delta: float) -> list[float]:
+    """SOD with delta = infinity: a turn may count any number of times as much as the first."""
     return step_weights(d, math.inf)
 
 
 def decay(d: list[float], first_error: int, delta: float) -> list[float]:
+    """0.9, 0.81, ... after the first failed call, whatever d_k is."""
     return [0.9 ** max(0, k - first_error) for k in range(len(d))]
 
 
 def mask_after_error(d: list[float], first_error: int, delta: float) -> list[float]:
+    """Nothing after the first failed call."""
     return [float(k <= first_error) for k in range(len(d))]
 
 
@@ -109,14 +122,6 @@ METHODS |= {  # the ablations of its Table 2
     "decay": (decay, 1, 1),
     "mask_after_error": (mask_after_error, 1, 1),
 }
-
-
-def first_failed_call(tool_status: list[str]) -> int:
-    """Index of the first turn whose call failed. If none did, an index behind the last turn: no rule acts."""
-    for k, status in enumerate(tool_status):
-        if status in ("error", "timeout"):
-            return k
-    return len(tool_status)
 
 
 @dataclass
@@ -455,9 +460,9 @@ def explain(config: Config) -> None:
     d = step_divergence(rollouts.logps[i], teacher_logps[i], turns)
     weights = rule(d, first_failed_call(rollouts.tool_status[i]), config.delta)
     rows = []
-    heard_from = turns[0][0]  # where the text before a turn begins that is not in the prompt: the tool's
+    column = turns[0][0]  # the first one behind the prompt; then the first one behind a turn
     for (start, end), w in zip(turns, weights):
-        for t in range(heard_from, end):
+        for t in range(column, end):
             token = repr(tok.decode([int(rollouts.ids[i, t])]))[:34]
             if t < start:
                 rows.append([token, "given", "", "", "", "", ""])
@@ -465,7 +470,7 @@ def explain(config: Config) -> None:
             s = float(rollouts.logps[i, t])
             q = float(teacher_logps[i, t])
             rows.append([token, "sampled", s, q, float(entropy[i, t]), w, w * (q - s)])
-        heard_from = end
+        column = end
     print(tasks[i].messages[-1]["content"])
     print(common.table(rows, ["token", "", "student", "teacher", "entropy", "weight", "w(q-s)"]))
 
