@@ -1,13 +1,16 @@
 """SOD: the equations with worked numbers, the toy world, the loop, the command line."""
+import importlib.util
 import json
 import math
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import cascade
 import common
 import sod
 from conftest import ROOT, steps_of, timeless
@@ -48,59 +51,174 @@ def test_the_product_telescopes_other_caps_and_ablation_weights():
     assert sod.divergence_ratio([.7], 0, .2) == [1]  # one step: SOD is OPD
 
 
-def chain(tool_token=(-7., -.1), ratio=1.0):
-    s = torch.tensor([[-.5, -1, tool_token[0], -.2, -2, -.7]])
-    q = torch.tensor([[-.7, -.6, tool_token[1], -1, -.8, -.7]])
-    mask = torch.tensor([[1, 1, 0, 1, 1, 0]])
-    w = sod.token_weights(s, q, [[(0, 2), (3, 5)]], [["ok", "none"]], sod.divergence_ratio)
-    a = sod.sod_advantages(torch.tensor([.5]), s, q, w, mask)
-    logps = (s + math.log(ratio) * torch.eye(6)[:1]).requires_grad_()  # the first token has moved
-    loss = common.policy_loss(logps, s, a, mask)
-    loss.backward()
-    return a[0].tolist(), w[0].tolist(), float(loss.detach()), logps.grad[0].tolist()
+@pytest.fixture
+def one_step(tmp_path, monkeypatch):
+    """A step of `sod.train` on hand-made rollouts -> the advantages that reach the update, (B, T).
+
+    s, q (B, T): log-probs of student and teacher. mask, turns, status: as in Rollouts; not given = one turn
+    of all tokens, no call. The outcome advantages come from `reward` (B,), unless `outcome` (B,) is given.
+    """
+    def run(s, q, mask=None, turns=None, status=None, reward=None, outcome=None, group_size=1, **flags):
+        B, T = s.shape
+        model, teacher = common.tiny_model(tok, seed=0).eval(), object()
+        mask = torch.ones(B, T, dtype=torch.long) if mask is None else mask
+        reward = torch.zeros(B) if reward is None else torch.tensor(reward)
+        # `s + 1` are the sampler's log-probs, `s` the scorer's.
+        rollouts = SimpleNamespace(mask=mask, logps=s + 1, turns=turns or [[(0, T)]] * B,
+                                   tool_status=status or [["none"]] * B)
+        updates = []
+
+        def score(scorer, scored, temperature, micro_batch):
+            assert scorer is teacher and scored is rollouts and (temperature, micro_batch) == (0.7, 3)
+            return q, None
+
+        for owner, name, stand_in in (
+                (sod, "load_student", lambda *args: (model, tok)),
+                (sod, "load_teacher", lambda *args: teacher),
+                (common, "rollout", lambda *args, **how: rollouts),
+                (common, "rescore", lambda *args: vars(rollouts).update(logps=s)), (common, "score", score),
+                (common, "rewards", lambda *args: reward),
+                (common, "update", lambda *args: updates.append(args) or 0.0),
+                (common.Run, "rollout_figures", lambda *args: {}),
+                (common, "evaluate", lambda *args, **how: dict.fromkeys(
+                    ("accuracy", "se", "greedy_accuracy", "greedy_se", "length", "finished"), 0.0))):
+            monkeypatch.setattr(owner, name, stand_in)
+        if outcome is not None:
+            monkeypatch.setattr(common, "group_advantages", lambda *args: torch.tensor(outcome))
+        sod.train(sod.Config(steps=1, prompts_per_step=B // group_size, group_size=group_size, eval_tasks=1,
+                             temperature=0.7, micro_batch=3, show_every=0, save_every=0, overwrite=True,
+                             out=str(tmp_path / "step"), **flags))
+        (student, _, updated, advantages, _, step), = updates
+        assert student is model and updated is rollouts and step == 0
+        return advantages
+    return run
+
+
+@pytest.fixture
+def chain(one_step):
+    """Two turns with a tool's token between them -> advantages, loss and its gradient."""
+    def run(tool_token=(-7., -.1), ratio=1.0, method="sod", **flags):
+        s = torch.tensor([[-.5, -1, tool_token[0], -.2, -2, -.7]])
+        q = torch.tensor([[-.7, -.6, tool_token[1], -1, -.8, -.7]])
+        mask = torch.tensor([[1, 1, 0, 1, 1, 0]])
+        a = one_step(s, q, mask, [[(0, 2), (3, 5)]], [["ok", "none"]], outcome=[.5], method=method, **flags)
+        logps = (s + math.log(ratio) * torch.eye(6)[:1]).requires_grad_()  # the first token has moved
+        loss = common.policy_loss(logps, s, a, mask)
+        loss.backward()
+        return a[0].tolist(), float(loss.detach()), logps.grad[0].tolist()
+    return run
 
 
 @pytest.mark.parametrize("tool_token", [(-7., -.1), (3., -9.)])
-def test_whole_chain(tool_token):
+def test_whole_chain(chain, tool_token):
     """Two steps with a tool token between them, which must not matter at all."""
-    a, w, loss, gradient = chain(tool_token)
-    assert w == pytest.approx([1, 1, 0, .3, .3, 0], abs=1e-5)
+    a, loss, gradient = chain(tool_token)
     assert a == pytest.approx([.3, .9, 0, .26, .86, 0], abs=1e-5)
     assert loss == pytest.approx(-.58, abs=1e-5)
     # -A m / N: nothing flows through w, d, q
     assert gradient == pytest.approx([-.075, -.225, 0, -.065, -.215, 0], abs=1e-5)
+    # without the outcome it is w (q - s), with w = 1, 1, -, .3, .3, -
+    a, _, _ = chain(tool_token, method="sod_no_grpo")
+    assert a == pytest.approx([1 * -.2, 1 * .4, 0, .3 * -.8, .3 * 1.2, 0], abs=1e-5)
 
 
-def test_the_clip_acts_on_the_sum():
-    _, _, loss, gradient = chain(ratio=1.5)
+def test_the_clip_acts_on_the_sum(chain):
+    _, loss, gradient = chain(ratio=1.5)
     assert loss == pytest.approx(-.601, abs=1e-4) and gradient[0] == 0  # .3 * 1.28 instead of .3 * 1.5
     assert gradient[1:] == pytest.approx([-.225, 0, -.065, -.215, 0], abs=1e-5)
 
 
-def test_reductions():
-    s, q, mask = torch.randn(2, 4), torch.randn(2, 4), torch.ones(2, 4)
-    outcome, w = torch.tensor([.5, -.5]), torch.rand(2, 4)
-    same = outcome[:, None].expand(2, 4)
-    assert torch.equal(sod.sod_advantages(outcome, s, q, w, mask, 1, 0), same)                      # GRPO
-    assert torch.allclose(sod.sod_advantages(outcome, s, q, torch.ones(2, 4), mask, 0, 1), q - s)   # OPD
-    assert not sod.sod_advantages(outcome, s.requires_grad_(), q, w, mask).requires_grad
-    assert torch.equal(sod.sod_advantages(outcome, s, s, w, mask), same)            # teacher = student
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+def test_reductions(one_step):
+    s, q = torch.randn(2, 4), torch.randn(2, 4)
+    turns, outcome = [[(0, 2), (2, 4)]] * 2, [.5, -.5]
+    same = torch.tensor(outcome)[:, None].expand(2, 4)
+
+    def step(s, q, method="sod", **flags):
+        return one_step(s, q, turns=turns, outcome=outcome, method=method, **flags)
+    assert torch.equal(step(s, q, "grpo"), same) and torch.equal(step(s, q, coefficient=0.), same)  # GRPO
+    assert torch.allclose(step(s, q, "opd"), q - s)                                                 # OPD
+    assert torch.allclose(step(s, q, "opd", coefficient=2.), 2 * (q - s))
+    assert torch.allclose(step(s, q, "opd_grpo"), same + q - s)
+    assert torch.equal(step(s, s), same)                                            # teacher = student
+    assert not step(s.clone().requires_grad_(), q.clone().requires_grad_()).requires_grad
 
 
-def test_expected_gradient_is_that_of_the_reverse_kl():
+def test_expected_gradient_is_that_of_the_reverse_kl(one_step):
     student, teacher = torch.tensor([.3, -.2, .1], requires_grad=True), torch.tensor([1., 0., -1.])
     log_p, log_q = student.log_softmax(0), teacher.log_softmax(0)
     exact = (log_p.exp() * (log_p - log_q)).sum()
     gradient, = torch.autograd.grad(exact, student, retain_graph=True)
     assert float(exact.detach()) == pytest.approx(.254363, abs=1e-6)
     assert gradient.tolist() == pytest.approx([-.302110, -.058195, .360305], abs=1e-6)
-    expected = 0  # over the three tokens that could be sampled, each as a rollout of length 1
+    # The three tokens that could be sampled, each as a rollout of length 1.
+    advantages = one_step(log_p.detach()[:, None], log_q[:, None], method="sod_no_grpo")            # (3, 1)
+    expected = 0
     for token in range(3):
-        s, q = log_p[token].view(1, 1), log_q[token].view(1, 1)
-        a = sod.sod_advantages(torch.zeros(1), s, q, torch.ones(1, 1), torch.ones(1, 1))
-        loss = common.policy_loss(s, s.detach(), a, torch.ones(1, 1))
+        s = log_p[token].view(1, 1)
+        loss = common.policy_loss(s, s.detach(), advantages[token:token + 1], torch.ones(1, 1))
         expected += log_p[token].exp().detach() * torch.autograd.grad(loss, student, retain_graph=True)[0]
     assert torch.allclose(expected, gradient, atol=1e-6)
+
+
+def test_a_rollout_is_compared_with_its_own_group(one_step):
+    s = torch.zeros(8, 1)
+    a = one_step(s, s, reward=[1., 0., 0., 0., 1., 0., 0., 1.], group_size=4, method="grpo")[:, 0]
+    assert a.tolist() == pytest.approx([1.5, -.5, -.5, -.5, .866, -.866, -.866, .866], abs=1e-3)
+
+
+def weights_of(one_step, d, status, **flags):
+    """The weight that each turn of one token gets, where the teacher is d[i][k] above the student."""
+    d = torch.tensor(d)                                                             # (B, turns)
+    turns = [[(k, k + 1) for k in range(d.shape[1])]] * len(d)
+    return (one_step(torch.zeros_like(d), d, turns=turns, status=status, **flags) / d).tolist()
+
+
+def test_each_rollout_has_its_own_weights_and_errors(one_step):
+    d = [[.4, .2, .8], [.2, .4, .1]]
+    status = [["ok", "error", "none"], ["timeout", "ok", "none"]]
+    for method, expected in {"sod_no_grpo": [[1, 1.2, .5], [1, .5, 1.2]], "opd": [[1, 1, 1], [1, 1, 1]],
+                             "no_cap": [[1, 2, .5], [1, .5, 2]], "decay": [[1, 1, .9], [1, .9, .81]],
+                             "mask_after_error": [[1, 1, 0], [1, 0, 0]]}.items():
+        for row, right in zip(weights_of(one_step, d, status, method=method), expected):
+            assert row == pytest.approx(right, abs=1e-4)
+    capped = weights_of(one_step, d, status, method="sod", delta=.5)
+    assert capped[0] == pytest.approx([1, 1.5, .5], abs=1e-4)
+    for method in ("decay", "mask_after_error"):  # no failed call: no rule acts
+        assert weights_of(one_step, d, [["ok", "ok", "none"]] * 2, method=method) == [[1, 1, 1]] * 2
+
+
+def test_figures_of_a_step(one_step, tmp_path):
+    weights_of(one_step, [[.4, .2, .8], [.2, .4, .1]],
+               [["ok", "error", "none"], ["ok", "timeout", "ok"]], method="sod")
+    figures, = steps_of(tmp_path / "step")
+    assert (figures["turns"], figures["calls"], figures["failed calls"]) == (3, 2.5, .4)
+    assert figures["kl(teacher)"] == pytest.approx(-.35) and figures["solved"] == 0
+    assert figures["weight"] == pytest.approx(5.4 / 6, abs=1e-4)
+
+
+def test_a_method_is_one_row(one_step, tmp_path, monkeypatch, capsys):
+    """A rule and its row are written into a copy of sod.py; --method and --methods take it."""
+    source = (ROOT / "sod.py").read_text()
+    assert source.count("METHODS = {\n") == 1
+    row = '    "new": (lambda d, first_error, delta: [1.0, 0.25], 0, 1),\n'
+    (tmp_path / "changed.py").write_text(source.replace("METHODS = {\n", "METHODS = {\n" + row))
+    spec = importlib.util.spec_from_file_location("changed", tmp_path / "changed.py")
+    changed = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "changed", changed)
+    spec.loader.exec_module(changed)
+    trained = []
+
+    def train(config):
+        trained.append(config.method)
+        return {key: 0.0 for key in ("accuracy_before", "greedy_before", "se")}
+    monkeypatch.setattr(changed, "train", train)
+    changed.main(["--method", "new", "--out", str(tmp_path / "one")])
+    changed.main(["--compare", "--seeds", "1", "--methods", "new", "grpo", "--out", str(tmp_path / "all")])
+    assert trained == ["new", "new", "grpo"] and "| new " in capsys.readouterr().out
+    # and the loop follows the row
+    monkeypatch.setitem(sod.METHODS, "new", changed.METHODS["new"])
+    assert weights_of(one_step, [[.4, .2]], [["ok", "none"]], method="new") == [[1, .25]]
 
 
 # ------------------------------------------------------------------------------------ the toy world
@@ -150,7 +268,7 @@ def test_oracle_follows_errors_and_recoveries():
     task = common.Task([{"role": "user", "content": text}], "5")
     right_a, right_b = "OK, we get " + sod.call_text("A", "4+1"), "So, we do " + sod.call_text("B", "5*5")
     turns = [right_a, right_a, sod.call_text("B", "5*6"), right_b, "\\boxed{5}"]
-    found = list(sod.oracle(task, turns, ["timeout", "ok", "ok", "ok", "none"]))
+    found = list(cascade.oracle(task, turns, ["timeout", "ok", "ok", "ok", "none"]))
     assert [(prefix, right) for prefix, right, _ in found] == [
         ("clean", True), ("tool error", True), ("clean", False), ("silent error", True), ("clean", True)]
 
@@ -200,22 +318,23 @@ def test_compare_runs_every_method(tmp_path, capsys):
 
 
 def test_cascade_and_explain(capsys, monkeypatch):
-    monkeypatch.setattr(sod.cascade, "__defaults__", (60,))
-    sod.main(["--cascade"])
+    monkeypatch.setattr(cascade.cascade, "__defaults__", (60,))
+    cascade.main([])
     sod.main(["--explain"])
     out = capsys.readouterr().out
-    assert all(words in out for words in ("| silent error", "wrong call at step 1", " sampled ", " given"))
+    assert all(words in out for words in ("| silent error", "wrong call at turn 1", " sampled ", " given"))
 
 
 def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
     other, folder = common.build_tokenizer(["a phrase of its own"]), str(tmp_path / "other")
     common.tiny_model(other, 0).save_pretrained(folder)
     other.save_pretrained(folder)
-    for flags, word in ((["--teacher", folder], "different tokenizers"), (["--methods", "ppo"], "unknown"),
+    for flags, word in ((["--teacher", folder], "different tokenizers"),
+                        (["--methods", "ppo"], "invalid choice"), (["--method", "ppo"], "invalid choice"),
                         (["--model", folder], "different tokenizers"), (["--timeout_rate", "-1"], "timeout"),
-                        (["--explain", "--compare"], "--compare and --explain"),
-                        (["--cascade", "--data", "nothing.jsonl"], "chain only")):
+                        (["--explain", "--compare"], "--compare and --explain")):
         assert word in refused(sod.main, [*flags, "--out", str(tmp_path / "run"), *SMALL])
+    assert "chain only" in refused(cascade.main, ["--data", "nothing.jsonl"])
     assert not (tmp_path / "run").exists()
 
 
