@@ -103,13 +103,14 @@ class Method(NamedTuple):
     rate: float              # the learning rate, as a multiple of GRPO's (Table 3)
 
 
-METHODS = {
-    "grpo":           Method("all",   1.0, 1.0, 0.0, False, 1),
-    "sdpo":           Method("all",   0.0, 0.0, 1.0, False, 10),
-    "srpo":           Method("wrong", 1.0, 0.0, 1.0, True,  5),
-    "srpo_no_weight": Method("wrong", 1.0, 0.0, 1.0, False, 5),
+METHODS = {  #               distill  z_grpo  z_grpo  z_sdpo  weighted  rate
+    #                                d = 0   d = 1   d = 1
+    "grpo":           Method("all",   1.0,    1.0,    0.0,    False,    1),
+    "sdpo":           Method("all",   0.0,    0.0,    1.0,    False,    10),
+    "srpo":           Method("wrong", 1.0,    0.0,    1.0,    True,     5),
+    "srpo_no_weight": Method("wrong", 1.0,    0.0,    1.0,    False,    5),
     # SDPO's gradient is an advantage per vocabulary entry, so this mixes advantages
-    "mix":            Method("all",   0.9, 0.9, 0.1, False, 5),
+    "mix":            Method("all",   0.9,    0.9,    0.1,    False,    5),
 }
 
 
@@ -170,7 +171,7 @@ def solution_text(tok, rollouts: Rollouts, row: int) -> str:
 
 
 @torch.no_grad()
-def teacher_pass(teacher, tok, tasks: list, rollouts: Rollouts, demos: list, routed: list, config: Config):
+def teacher_pass(teacher, tok, tasks: list[Task], rollouts: Rollouts, demos, routed: list[int], config):
     """The teacher re-reads the rows `routed`, each behind its problem and its sibling's solution -> hidden
     states, {row: (n, hidden)}, and entropies (B, T). Distributions, (n, V), are too large to keep: the head
     makes them anew."""
@@ -252,18 +253,17 @@ def sample(student, tok, tasks: list[Task], config: Config, generator) -> Rollou
 
 def train(config: Config) -> dict:
     """One loop for all methods, in the order of the list at the head of this file."""
-    device = common.setup(config)
     train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain,
                                               config.prompts_per_step)
     run = common.Run(config, "srpo")
-    student, tok = load_student(config, device)
+    student, tok = load_student(config, common.setup(config))
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
+    method = METHODS[config.method]
     teacher = None  # GRPO has none
-    if METHODS[config.method].z_sdpo:
+    if method.z_sdpo:
         teacher = copy.deepcopy(student).requires_grad_(False)  # storage of its own, else it is the student
-    beta = config.beta if METHODS[config.method].weighted else 0.0
     rng = random.Random(config.seed)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator(student.device).manual_seed(config.seed)
     measure = functools.partial(common.evaluate, student, tok, held_out, **config.sampling)
 
     first = run.open_folder([student, optimizer, teacher], generator, rng)
@@ -295,7 +295,7 @@ def train(config: Config) -> dict:
         # 4. w = exp(-beta H) / mean exp(-beta H), over the tokens of *all* routed rollouts
         distilled = rollouts.mask.bool() & (z_sdpo[:, None] > 0)                    # (B, T)
         w = torch.zeros_like(H)                                                     # (B, T)
-        w[distilled] = entropy_weights(H[distilled], beta)
+        w[distilled] = entropy_weights(H[distilled], config.beta if method.weighted else 0.0)
 
         # 5. L = (sum z_grpo l_grpo + sum z_sdpo w JSD) / N   with   l_grpo = -A rho
         jsd_sum = 0.0
@@ -305,9 +305,8 @@ def train(config: Config) -> dict:
             rho, divergence = student_pass(student, teacher, rollouts, rows, columns, distilled,
                                            teacher_states, config.temperature)      # (b, t) each
             l_grpo = -A[rows, None] * rho                                           # (b, t)
-            l_sdpo = w[rows, columns] * divergence                                  # (b, t)
-            loss = (z_grpo[rows, None] * l_grpo + z_sdpo[rows, None] * l_sdpo).sum() / N
-            loss.backward()
+            loss = z_grpo[rows, None] * l_grpo + z_sdpo[rows, None] * w[rows, columns] * divergence  # (b, t)
+            (loss.sum() / N).backward()
             jsd_sum += float(divergence.detach()[distilled[rows, columns]].sum())
         student.eval()
 
@@ -318,7 +317,7 @@ def train(config: Config) -> dict:
             if teacher is not None and math.isfinite(norm):  # not after a step that was skipped
                 ema_update(teacher, student, config.ema)
 
-        figures = step_figures(reward, config.group_size, routed, jsd_sum, H[distilled], w[distilled])
+        figures = step_figures(reward.view(len(tasks), -1), routed, jsd_sum, H[distilled], w[distilled])
         figures.update(run.rollout_figures(rollouts, reward, norm))
         run.step(step + 1, started, figures, teacher_seconds=teacher_seconds)
         run.show(step, tok, tasks, rollouts)
@@ -326,18 +325,17 @@ def train(config: Config) -> dict:
     return run.finish(student, tok, measure, **trends(run.metrics))
 
 
-def step_figures(reward, group_size: int, routed: list[int], jsd_sum: float, entropy, weights) -> dict:
-    """What the log says of a step. reward (B,); entropy, weights (n,): of the distilled tokens."""
+def step_figures(reward, routed: list[int], jsd_sum: float, entropy, weights) -> dict:
+    """For the log. reward (groups, group_size); jsd_sum, entropy (n,), weights (n,): of distilled tokens."""
     figures = {}
     figures["solved"] = float(reward.mean())
-    figures["routed"] = len(routed) / len(reward)
+    figures["routed"] = len(routed) / reward.numel()
     if len(entropy):
         figures["jsd"] = jsd_sum / len(entropy)
         figures["teacher H"] = float(entropy.mean())
         figures["sd(w)"] = float(weights.std(correction=0))
-    means = reward.view(-1, group_size).mean(1)                                     # (groups,)
-    figures["all wrong"] = int((means == 0).sum())
-    figures["all right"] = int((means == 1).sum())
+    figures["all wrong"] = int((reward.mean(1) == 0).sum())
+    figures["all right"] = int((reward.mean(1) == 1).sum())
     return figures
 
 
@@ -371,7 +369,7 @@ WRONG_WITH_SOLUTION = 0.01
 SNAP_BACK = 0.5      # with a solution, after an error: a result is the solution's, though it does not follow
 
 
-def small_chain(rng: random.Random) -> Task:
+def small_chain(rng) -> Task:
     return common.chain_task(rng, OPERATIONS, MODULUS)
 
 
@@ -390,7 +388,7 @@ def write_solution(rng, task: Task, long: bool, wrong: float = 0.0, snap_back: f
     return ", ".join(parts) + f". \\boxed{{{value}}}"
 
 
-def context_document(rng: random.Random, tok, task: Task):
+def context_document(rng, tok, task: Task):
     """Question, correct solution, attempt -> (ids, mask). The solution carries loss, too: more text."""
     long = rng.random() < 0.5
     solution = write_solution(rng, task, long)
@@ -495,11 +493,11 @@ def first_wrong(tok, tokens: list[int], task: Task) -> int | None:
 @torch.no_grad()
 def explain(config: Config) -> None:
     """A wrong rollout of the first step with a correct sibling: what the teacher says about each token."""
-    device = common.setup(config)
     problems, _ = common.load_tasks(config.data, config.eval_tasks, small_chain, config.prompts_per_step)
     tasks = random.Random(config.seed).sample(problems, config.prompts_per_step)
-    student, tok = load_student(config, device)
-    rollouts = sample(student, tok, tasks, config, torch.Generator(device).manual_seed(config.seed))
+    student, tok = load_student(config, common.setup(config))
+    generator = torch.Generator(student.device).manual_seed(config.seed)
+    rollouts = sample(student, tok, tasks, config, generator)
     reward = common.rewards(rollouts, tasks).tolist()
     demos = pick_demonstration(reward, config.group_size)
     texts = rollouts.texts
