@@ -195,7 +195,8 @@ def teacher_pass(teacher, tok, tasks: list[Task], rollouts: Rollouts, demos, rou
         mask = F.pad(mask, (prompt.shape[1], 0))                                    # (b, P + R)
 
         hidden = common.hidden_at(teacher, ids, attention_mask, mask)               # (n, hidden)
-        states.update(zip(rows, hidden.split(mask.sum(1).tolist())))
+        lengths = mask.sum(1).tolist()
+        states.update(zip(rows, hidden.split(lengths)))
         values = common.over_vocab_chunks(hidden, teacher.get_output_embeddings(), entropies)   # (n,)
         entropy[rows, columns] = common.on_grid(rollouts.mask[rows, columns], values)
     return states, entropy
@@ -334,15 +335,19 @@ def step_figures(reward, routed: list[int], jsd_sum: float, entropy, weights) ->
         figures["jsd"] = jsd_sum / len(entropy)
         figures["teacher H"] = float(entropy.mean())
         figures["sd(w)"] = float(weights.std(correction=0))
-    figures["all wrong"] = int((reward.mean(1) == 0).sum())
-    figures["all right"] = int((reward.mean(1) == 1).sum())
+    means = reward.mean(1)                                                          # (groups,)
+    figures["all wrong"] = int((means == 0).sum())
+    figures["all right"] = int((means == 1).sum())
     return figures
 
 
 def trends(metrics: Path) -> dict:
     """For the summary: speed of learning; means over the first and last ten steps that measured something."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    curve = {r["step"]: r["accuracy"] for r in records if isinstance(r.get("eval"), int)}
+    curve = {}
+    for record in records:
+        if isinstance(record.get("eval"), int):  # not 'before' and 'after'
+            curve[record["step"]] = record["accuracy"]
     result = {}
     if curve:
         reached = [step for step, accuracy in curve.items() if accuracy >= 0.9]
@@ -441,7 +446,9 @@ def gates(student, tok, tasks: list[Task], config: Config) -> dict:
             solved.append(tasks[k])
             solutions.append(solution_text(tok, rollouts, k * config.group_size + first))
 
-    found = {"student": float(reward.mean()), "groups": len(solved) / len(tasks), "sibling": 0, "other": 0}
+    found = {"sibling": 0, "other": 0}
+    found["student"] = float(reward.mean())
+    found["groups"] = len(solved) / len(tasks)
     if len(solved) > 1:
         for name, shown in (("sibling", solutions), ("other", solutions[1:] + solutions[:1])):
             asked = []
@@ -506,7 +513,8 @@ def explain(config: Config) -> None:
     for i, demo in enumerate(demos):
         # Now and then the tiny model writes the heading that it knows from prompts: no example.
         if demo is not None and reward[i] < 0.5 and HEADING not in texts[i]:
-            wrong.append((abs(len(texts[i]) - len(texts[demo])), i))
+            difference = abs(len(texts[i]) - len(texts[demo]))
+            wrong.append((difference, i))
     if not wrong:
         common.fail(f"none of {len(tasks)} problems has right and wrong rollouts; take a larger --group_size")
     _, row = min(wrong)  # the one most like its sibling
