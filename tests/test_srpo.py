@@ -227,14 +227,17 @@ def test_teacher_prompt(base, batch, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ the sum
-def test_the_combined_loss_on_worked_numbers(train_on, monkeypatch):
-    """rewards 1 0 0 1, lengths 2 3 1 2, JSD .1 .2 .3 | .4, entropies 0 ln2 ln4 | 0: L = -0.127273."""
-    mask = torch.tensor([[0] + [1] * n + [0] * (3 - n) for n in (2, 3, 1, 2)])
-    attention, zeros = mask + torch.tensor([1, 0, 0, 0]), torch.zeros(4, 4)
-    rollouts = Rollouts(torch.full((4, 4), 5), attention, mask, zeros, zeros, 1, torch.ones(4).bool(),
-                        [""] * 4, [[]] * 4, [[]] * 4)
+@pytest.mark.parametrize("all_wrong", [0, 1])
+def test_the_combined_loss_on_worked_numbers(train_on, monkeypatch, all_wrong):
+    """rewards 1 0 0 1, lengths 2 3 1 2, JSD .1 .2 .3 | .4, entropies 0 ln2 ln4 | 0: L = -0.127273. Beside an
+    all-wrong group of four tokens nothing changes but N, from 8 to 12 tokens; that of sdpo stays 4."""
+    B = 4 + 4 * all_wrong
+    mask = torch.tensor([[0] + [1] * n + [0] * (3 - n) for n in (2, 3, 1, 2) + (1, 1, 1, 1) * all_wrong])
+    attention, zeros = mask + torch.tensor([1, 0, 0, 0]), torch.zeros(B, 4)
+    rollouts = Rollouts(torch.full((B, 4), 5), attention, mask, zeros, zeros, 1, torch.ones(B).bool(),
+                        [""] * B, [[]] * B, [[]] * B)
     task = Task([{"role": "user", "content": "q"}], "1")
-    entropy = torch.zeros(4, 4)
+    entropy = torch.zeros(B, 4)
     entropy[1, 1:] = torch.tensor([0, math.log(2), math.log(4)])
     divergences = {1: [0.1, 0.2, 0.3], 2: [0.4]}
     total = []
@@ -246,12 +249,13 @@ def test_the_combined_loss_on_worked_numbers(train_on, monkeypatch):
     monkeypatch.setattr(srpo, "sampled_logps", lambda student, hidden, ids, T: 0 * hidden.sum(1))
     monkeypatch.setattr(srpo, "divergences", lambda student, teacher, hidden, theirs, T: theirs[:, 0])
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: total.append(float(loss.detach())))
-    reward = torch.tensor([1.0, 0, 0, 1])
+    reward = torch.tensor([1.0, 0, 0, 1] + [0.0] * 4 * all_wrong)
     for flags, expected in (({}, -0.127273), ({"beta": 0.0}, -0.125), ({"method": "srpo_no_weight"}, -0.125),
                             ({"method": "sdpo", "distill": "wrong"}, 0.25), ({"micro_batch": 1}, -0.127273)):
         total.clear()
-        train_on([task], rollouts, reward, show_every=0, **flags)
-        assert sum(total) == pytest.approx(expected, abs=1e-6), flags
+        train_on([task] * (1 + all_wrong), rollouts, reward, show_every=0, **flags)
+        counted = 8 / 12 if all_wrong and flags.get("method") != "sdpo" else 1
+        assert sum(total) == pytest.approx(expected * counted, abs=1e-6), flags
 
 
 def test_micro_batches_and_row_order_change_nothing(train_on, batch):
