@@ -16,7 +16,7 @@ What happens in a step:
 All methods are one formula (3.3),   L = (sum z_grpo l_grpo + sum z_sdpo w JSD) / N
 
     method           d         z_grpo   z_sdpo   w      c = 1: the rollout is correct
-    grpo             m         1        0        -      m = 1: another one of its group is
+    grpo             -         1        0        -      m = 1: another one of its group is
     sdpo             m         0        d        1      d = 1: the rollout is distilled
     srpo             (1-c) m   1 - d    d        3.2    N: the tokens of all rollouts that have a z > 0:
     srpo_no_weight   (1-c) m   1 - d    d        1      for sdpo those with d = 1, for the others all
