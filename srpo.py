@@ -1,7 +1,7 @@
 """SRPO: sample-routed policy optimisation (arXiv 2604.02288), with GRPO and SDPO (2601.20802) on one loop.
 
     python srpo.py                         a tiny Qwen3, fitted here, then trained; minutes on two CPU cores
-    python srpo.py --compare --seeds 3     every method on the same problems, one table
+    python srpo.py --compare               every method on the same problems, one table
     python srpo.py --explain               one wrong rollout, token by token
 
 What happens in a step:
@@ -11,16 +11,19 @@ What happens in a step:
    re-reads the student's own tokens; it never writes. Each is pulled towards what the teacher expects (JSD).
 4. A token counts more where the teacher is sure: weight exp(-beta H), rescaled to mean 1 over the batch.
 5. All token losses are summed and divided by one number, so distillation fades as fewer rollouts are wrong.
+6. One update of the student; the teacher follows by a twentieth of the way.
 
-The three methods are one formula (3.3),   L = (sum z_grpo l_grpo + sum z_sdpo w JSD) / N
+All methods are one formula (3.3),   L = (sum z_grpo l_grpo + sum z_sdpo w JSD) / N
 
-    method   z_grpo       z_sdpo    w      N                         c = 1: the rollout is correct
-    grpo     1            0         -      all response tokens       m = 1: another one of its group is
-    sdpo     0            m         1      tokens with z_sdpo > 0
-    srpo     1-(1-c)m     (1-c)m    3.2    all response tokens
+    method           d         z_grpo   z_sdpo   w      c = 1: the rollout is correct
+    grpo             -         1        0        -      m = 1: another one of its group is
+    sdpo             m         0        d        1      d = 1: the rollout is distilled
+    srpo             (1-c) m   1 - d    d        3.2    N: the tokens of all rollouts that have a z > 0:
+    srpo_no_weight   (1-c) m   1 - d    d        1      for sdpo those with d = 1, for the others all
+    mix              m         0.9      0.1 d    1
 
 By section of the paper: routing (3.1) `pick_demonstration`, `route`; advantage (2.1, 4.1)
-`common.group_advantages`; divergence (2.2) `jsd`; weights (3.2) `entropy_weights`; the sum (3.3) `backward`;
+`common.group_advantages`; divergence (2.2) `jsd`; weights (3.2) `entropy_weights`; the sum (3.3) `train`;
 teacher (2.2, Table 3) `reprompt`, `teacher_pass`, `ema_update`.
 
     paper                                          here
@@ -28,55 +31,28 @@ teacher (2.2, Table 3) `reprompt`, `teacher_pass`, `ema_update`.
     JSD on the student's top 100 tokens (code)     full vocabulary, in chunks: exact
     SDPO: mean over rollouts of token means (code) one mean over all tokens, as in the formula
     advantage divided by std in 2.1, not in 4.1    not divided
-    teacher prompt cut at 10240 tokens (code)      a rollout with a longer one goes to GRPO, and is counted
+    teacher prompt cut at 10240 tokens (code)      never cut: --max_new_tokens bounds the solution in it
     10 warm-up steps, weight decay 0.01            5 warm-up steps, no decay: those of common.py
 
 Left out: rollout correction and clipping of stale ratios (one update a batch: the ratio is exactly 1), top-K,
 the trust-region teacher, environment feedback, KL to a reference (coefficient 0 in the paper).
 """
 import copy
-import dataclasses
 import functools
 import json
 import math
 import random
 import time
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import common
-from common import Task, option
-
-LEARNING_RATES = {"tiny": {"grpo": 4e-5, "sdpo": 4e-4, "srpo": 2e-4},  # 1 : 10 : 5 as in Table 3
-                  "real": {"grpo": 1e-6, "sdpo": 1e-5, "srpo": 5e-6}}
-
-
-@dataclass
-class Config(common.Config):
-    tiny_tokens: ClassVar[int] = 64
-    method: Literal["srpo", "grpo", "sdpo", "srpo_no_weight", "mix"] = option(
-        "srpo", "srpo_no_weight: routing, all tokens alike; mix: 0.9 GRPO + 0.1 SDPO, no routing")
-    distill: Literal["default", "wrong", "right", "all"] = option(
-        "default", "which rollouts may be distilled; default = wrong for srpo, all for sdpo and mix")
-    beta: float = option(1.0, "entropy weight exp(-beta H) of srpo; 0 = all tokens alike")
-    ema: float = option(0.05, "share of the student entering the teacher each step; 0 = frozen, 1 = live")
-    steps: int = option(120, "training steps")
-    prompts_per_step: int = option(16, "problems a step")
-    lr: float | None = option(None, "learning rate; not given = the method's own, see LEARNING_RATES")
-    eval_every: int = option(20, "evaluate every so many steps; 0 = only before and after")
-    gate_tasks: int = option(40, "held-out problems to check that the model can read a solution; 0 = none")
-    max_prompt_tokens: int = option(4096, "a rollout that needs a longer teacher prompt goes to GRPO")
-    compare: bool = option(False, "run every method on --seeds seeds and print one table")
-    seeds: int = option(1, "seeds for --compare, from --seed on")
-    explain: bool = option(False, "print one wrong rollout token by token, then stop")
-
-    @property
-    def rate(self) -> float:
-        rates = LEARNING_RATES["tiny" if self.model == "tiny" else "real"]
-        return self.lr if self.lr is not None else rates.get(self.method, rates["srpo"])
+from common import Rollouts, Task, option
 
 
 # ------------------------------------------------------------------------------------ the equations
@@ -86,32 +62,16 @@ def pick_demonstration(rewards: list[float], group_size: int) -> list[int | None
     demos = []
     for i in range(len(rewards)):
         start = i - i % group_size
-        siblings = (j for j in range(start, start + group_size) if j != i and rewards[j] >= 0.5)
-        demos.append(next(siblings, None))
+        group = range(start, start + group_size)
+        correct = [j for j in group if j != i and rewards[j] >= 0.5]
+        demos.append(correct[0] if correct else None)
     return demos
-
-
-def route(rewards, demos: list[int | None], method: str = "srpo", distill: str = "default"):
-    """Who learns from what (3.1), three tensors (B,): z_grpo, z_sdpo, and whose tokens N counts (bool)."""
-    correct = rewards >= 0.5                                                        # (B,) c
-    available = torch.tensor([d is not None for d in demos], device=rewards.device)  # (B,) m
-    everyone = torch.ones_like(correct)                                             # (B,)
-    if distill == "default":
-        distill = "wrong" if method.startswith("srpo") else "all"
-    # z_sdpo = (1 - c) m,   z_grpo = 1 - z_sdpo
-    chosen = available & {"wrong": ~correct, "right": correct, "all": everyone}[distill]
-    if method == "grpo":
-        return everyone.float(), torch.zeros_like(rewards), everyone
-    if method == "sdpo":
-        return torch.zeros_like(rewards), chosen.float(), chosen
-    if method == "mix":  # SDPO's gradient is an advantage per vocabulary entry, so this mixes advantages
-        return 0.9 * everyone, 0.1 * chosen, everyone
-    return 1 - chosen.float(), chosen.float(), everyone
 
 
 def jsd(logps, teacher_logps):
     """Jensen-Shannon divergence of two log-distributions, (n, V) each -> (n,) nats, at most ln 2 (2.2)."""
-    logps, teacher_logps = logps.clamp(min=-1e4), teacher_logps.clamp(min=-1e4)  # at -inf: 0 * inf = NaN
+    logps = logps.clamp(min=-1e4)  # at -inf: 0 * inf = NaN                          # (n, V)
+    teacher_logps = teacher_logps.clamp(min=-1e4)                                   # (n, V)
     # m = (p + q) / 2,   JSD = KL(p || m) / 2 + KL(q || m) / 2
     log_m = torch.logaddexp(logps, teacher_logps) - math.log(2)                     # (n, V)
     from_student = (logps.exp() * (logps - log_m)).sum(-1)                          # (n,)
@@ -132,135 +92,286 @@ def ema_update(teacher, student, rate: float) -> None:
         old.lerp_(new, rate)
 
 
+# ------------------------------------------------------------------------------------ the methods
+class Method(NamedTuple):
+    """A row of the table at the head of this file; d = 1: the rollout is distilled."""
+    distill: str             # of the rollouts with a correct sibling, which have d = 1: wrong, right or all
+    z_grpo: float            # where d = 0
+    z_grpo_distilled: float  # where d = 1
+    z_sdpo: float            # where d = 1; it is 0 where d = 0
+    weighted: bool           # w = exp(-beta H) / mean exp(-beta H), else w = 1
+    rate: float              # the learning rate, as a multiple of GRPO's (Table 3)
+
+
+METHODS = {  #               distill  z_grpo  z_grpo  z_sdpo  weighted  rate
+    #                                d = 0   d = 1   d = 1
+    "grpo":           Method("all",   1.0,    1.0,    0.0,    False,    1),
+    "sdpo":           Method("all",   0.0,    0.0,    1.0,    False,    10),
+    "srpo":           Method("wrong", 1.0,    0.0,    1.0,    True,     5),
+    "srpo_no_weight": Method("wrong", 1.0,    0.0,    1.0,    False,    5),
+    # SDPO's gradient is an advantage per vocabulary entry, so this mixes advantages
+    "mix":            Method("all",   0.9,    0.9,    0.1,    False,    5),
+}
+
+
+def route(rewards, demos: list[int | None], method: str = "srpo", distill: str = "default"):
+    """Who learns from what (3.1), three tensors (B,): z_grpo, z_sdpo, and whose tokens N counts (bool)."""
+    row = METHODS[method]
+    correct = rewards >= 0.5                                                        # (B,) c
+    available = torch.tensor([d is not None for d in demos], device=rewards.device)  # (B,) m
+    allowed = {"wrong": ~correct, "right": correct, "all": available}
+    # d = (1 - c) m,   z_sdpo = d,   z_grpo = 1 - d: of srpo
+    d = available & allowed[row.distill if distill == "default" else distill]       # (B,)
+    z_grpo = torch.where(d, row.z_grpo_distilled, row.z_grpo)                       # (B,)
+    z_sdpo = row.z_sdpo * d                                                         # (B,)
+    return z_grpo, z_sdpo, z_grpo + z_sdpo > 0
+
+
+@dataclass
+class Config(common.Config):
+    tiny_tokens: ClassVar[int] = 64
+    method: str = option("srpo", "srpo_no_weight: routing, all tokens alike; mix: 0.9 GRPO + 0.1 SDPO",
+                         choices=METHODS)
+    distill: str = option("default", "which rollouts may be distilled; default = the method's own",
+                          choices=("default", "wrong", "right", "all"))
+    beta: float = option(1.0, "entropy weight exp(-beta H) of srpo; 0 = all tokens alike")
+    ema: float = option(0.05, "share of the student entering the teacher each step; 0 = frozen, 1 = live")
+    steps: int = option(120, "training steps")
+    prompts_per_step: int = option(16, "problems a step")
+    lr: float | None = option(None, "learning rate; not given = 4e-5 (tiny) or 1e-6 times the method's rate")
+    eval_every: int = option(20, "evaluate every so many steps; 0 = only before and after")
+    gate_tasks: int = option(40, "held-out problems to check that the model can read a solution; 0 = none")
+    compare: bool = option(False, "run every method on --seeds seeds and print one table")
+    seeds: int = option(3, "seeds for --compare, from --seed on")
+    explain: bool = option(False, "print one wrong rollout token by token, then stop")
+
+    @property
+    def rate(self) -> float:
+        if self.lr is not None:
+            return self.lr
+        return METHODS[self.method].rate * (4e-5 if self.model == "tiny" else 1e-6)
+
+
 # ------------------------------------------------------------------------------------ the self-teacher
-HEADING, CLOSING = "\n\nCorrect solution:\n\n", "\n\nNow answer the question above yourself, correctly."
+HEADING = "\n\nCorrect solution:\n\n"
+CLOSING = "\n\nNow answer the question above yourself, correctly."
 
 
 def reprompt(messages: list[dict], solution: str) -> list[dict]:
     """The teacher's prompt: the last user message, then a correct solution and one line that asks again."""
-    content = messages[-1]["content"] + HEADING + solution + CLOSING
-    return [*messages[:-1], {**messages[-1], "content": content}]
+    *earlier, last = messages
+    content = last["content"] + HEADING + solution + CLOSING
+    return [*earlier, {**last, "content": content}]
 
 
-def solution_text(tok, rollouts, row: int) -> str:
-    """A rollout as demonstration, without thinking and without special tokens, real or spelt out."""
-    text = tok.decode(rollouts.ids[row][rollouts.mask[row].bool()], skip_special_tokens=True)
-    return common.defused(tok, text.rsplit("</think>", 1)[-1].strip())
-
-
-def teacher_messages(tok, tasks, rollouts, demos, config) -> dict[int, list[dict]]:
-    """Row -> the teacher's messages, where there is a demonstration. Too long ones are dropped, not cut."""
-    group_size = len(rollouts.ids) // len(tasks)
-    messages = {i: reprompt(tasks[i // group_size].messages, solution_text(tok, rollouts, d))
-                for i, d in enumerate(demos) if d is not None}
-    return {i: m for i, m in messages.items()
-            if len(common.prompt_ids(tok, m, thinking=config.thinking)) <= config.max_prompt_tokens}
-
-
-def response_batch(tok, messages: list, rollouts, rows: list[int], thinking: bool = False):
-    """[left-padded prompt | response, right-padded] -> ids, attention_mask, mask, (b, t) each. For student
-    and teacher alike: the response is made of the rollout's own ids, never encoded anew, so the k-th token
-    under the mask is the same for both."""
-    device, pad = rollouts.ids.device, tok.pad_token_id
-    prompts = [common.prompt_ids(tok, m, thinking=thinking) for m in messages]
-    responses = [rollouts.ids[i][rollouts.mask[i].bool()].tolist() for i in rows]
-    ids = [common.padded(prompts, pad, True, device), common.padded(responses, pad, False, device)]
-    real = [common.padded([[1] * len(p) for p in prompts], 0, True, device),
-            common.padded([[1] * len(r) for r in responses], 0, False, device)]
-    return torch.cat(ids, 1), torch.cat(real, 1), torch.cat([torch.zeros_like(real[0]), real[1]], 1)
+def solution_text(tok, rollouts: Rollouts, row: int) -> str:
+    """A rollout as demonstration: without thinking, its special tokens broken up."""
+    answer = rollouts.texts[row].rsplit("</think>", 1)[-1]
+    return common.defused(tok, answer.strip())
 
 
 @torch.no_grad()
-def teacher_pass(teacher, tok, messages: dict[int, list[dict]], rollouts, config):
-    """The teacher re-reads the rows named in `messages`: row -> hidden states (n, H), row -> entropies (n,).
-    Hidden states are kept, not distributions: n x H is small, n x V is not, and the head makes them anew."""
-    def spread(logits):                                                             # (n, V)
+def teacher_pass(teacher, tok, tasks: list[Task], rollouts: Rollouts, demos, routed: list[int], config):
+    """The teacher re-reads the rows `routed`, each behind its problem and its sibling's solution -> hidden
+    states, {row: (n, hidden)}, and entropies (B, T). Distributions, (n, V), are too large to keep: the head
+    makes them anew."""
+    def entropies(logits):                                                          # (n, V)
         return common.entropy_of(F.log_softmax(logits / config.temperature, -1))    # (n,)
 
-    hidden, entropies = {}, {}
-    for rows, _ in common.micro_batches(rollouts, list(messages), config.micro_batch):
-        prompts = [messages[i] for i in rows]
-        ids, attention, mask = response_batch(tok, prompts, rollouts, rows, config.thinking)
-        states = common.hidden_at(teacher, ids, attention, mask)                    # (n, H)
-        h = common.over_vocab_chunks(states, teacher.get_output_embeddings(), spread)   # (n,)
+    states = {}
+    entropy = torch.zeros(rollouts.ids.shape, device=rollouts.ids.device)           # (B, T)
+    for rows, columns in common.micro_batches(rollouts, routed, config.micro_batch):
+        prompts = []
+        for i in rows:
+            sibling = solution_text(tok, rollouts, demos[i])
+            prompts.append(reprompt(tasks[i // config.group_size].messages, sibling))
+        # [prompt, left-padded | response, right-padded]. The response is the rollout's own ids, never encoded
+        # anew: the k-th token under the mask is the same for student and teacher.
+        prompt, real = common.prompt_batch(tok, prompts, teacher.device, thinking=config.thinking)  # (b, P)
+        response = slice(rollouts.prompt_length, columns.stop)
+        ids, attention_mask, mask = rollouts.part(rows, response)                   # (b, R) each
+        ids = torch.cat([prompt, ids], 1)                                           # (b, P + R)
+        attention_mask = torch.cat([real, attention_mask], 1)                       # (b, P + R)
+        mask = F.pad(mask, (prompt.shape[1], 0))                                    # (b, P + R)
+
+        hidden = common.hidden_at(teacher, ids, attention_mask, mask)               # (n, hidden)
         lengths = mask.sum(1).tolist()
-        hidden |= zip(rows, states.split(lengths))
-        entropies |= zip(rows, h.split(lengths))
-    return hidden, entropies
+        states.update(zip(rows, hidden.split(lengths)))
+        values = common.over_vocab_chunks(hidden, teacher.get_output_embeddings(), entropies)   # (n,)
+        entropy[rows, columns] = common.on_grid(rollouts.mask[rows, columns], values)
+    return states, entropy
 
 
-# ------------------------------------------------------------------------------------ one step
+# ------------------------------------------------------------------------------------ the student
 def sampled_logps(student, hidden, ids, temperature: float):
-    """Log-prob of each token: hidden (n, H) of the student, ids (n,) -> (n,)."""
+    """Log-prob of each token: hidden (n, hidden) of the student, ids (n,) -> (n,)."""
     def logp(logits, token):                                                        # (n, V), (n,)
-        return F.log_softmax(logits / temperature, -1).gather(1, token[:, None])[:, 0]
+        logps = F.log_softmax(logits / temperature, -1)                             # (n, V)
+        return logps.gather(1, token[:, None])[:, 0]
     return common.over_vocab_chunks(hidden, student.get_output_embeddings(), logp, ids)
 
 
 def divergences(student, teacher, hidden, teacher_hidden, temperature: float):
-    """JSD at each token: hidden, teacher_hidden (n, H) -> (n,). The gradient goes to the student alone."""
+    """JSD at each token: hidden, teacher_hidden (n, hidden) -> (n,). Only the student gets a gradient."""
     teacher_logits = common.lm_head(teacher.get_output_embeddings())
 
-    def divergence(logits, states):                                                 # (n, V), (n, H)
+    def divergence(logits, states):                                                 # (n, V), (n, hidden)
         with torch.no_grad():
             q = F.log_softmax(teacher_logits(states) / temperature, -1)             # (n, V)
         return jsd(F.log_softmax(logits / temperature, -1), q)
     return common.over_vocab_chunks(hidden, student.get_output_embeddings(), divergence, teacher_hidden)
 
 
-def backward(student, teacher, tok, tasks, rollouts, reward, config) -> dict:
-    """Routes a batch of rollouts by their reward (B,), leaves the gradient of L in the student, returns what
-    is to be logged. `signal`: is there a gradient? If not, the caller must not step."""
-    B, group_size, started = len(rollouts.ids), len(rollouts.ids) // len(tasks), time.time()
-    demos = pick_demonstration(reward.tolist(), group_size)
-    _, wanted, _ = route(reward, demos, config.method, config.distill)              # (B,)
-    demos = [d if z else None for d, z in zip(demos, wanted.tolist())]
-    messages = teacher_messages(tok, tasks, rollouts, demos, config)
-    z_grpo, z_sdpo, counted = route(                                                # (B,) each
-        reward, [d if i in messages else None for i, d in enumerate(demos)], config.method, config.distill)
-    # A_i = r_i - mean over the *whole* group: over its GRPO part, all of them right, it would always be 0
-    advantages = common.group_advantages(reward, group_size, std=False)             # (B,)
-    tokens = rollouts.mask[counted].sum()  # N: rollouts without any gradient count too
+def student_pass(student, teacher, rollouts: Rollouts, rows: list, columns: slice, distilled,
+                 teacher_states: dict, temperature: float):
+    """The student reads a micro-batch of its own rollouts -> rho and JSD of each token, (b, t) each, 0 where
+    there is none. distilled (B, T): the tokens that have a JSD."""
+    ids, attention_mask, mask = rollouts.part(rows, columns)                        # (b, t) each
+    mask = mask.bool()                                                              # (b, t)
+    distilled = distilled[rows, columns]                                            # (b, t)
+    hidden = common.hidden_at(student, ids, attention_mask, mask)                   # (n, hidden)
 
-    # The teacher reads the routed rollouts and no others: here SRPO saves time.
-    teacher_hidden, entropies = teacher_pass(teacher, tok, messages, rollouts, config)
-    log, weights = {"routed": len(messages) / B, "teacher_seconds": time.time() - started}, {}
-    log["too_long"] = sum(d is not None for d in demos) - len(messages)
-    if messages:
-        h = torch.cat([entropies[i] for i in messages])                             # (n,)
-        w = entropy_weights(h, config.beta if config.method == "srpo" else 0.0)     # (n,)
-        weights = dict(zip(messages, w.split([len(entropies[i]) for i in messages])))
-        log |= {"jsd": 0.0, "teacher H": float(h.mean()), "sd(w)": float(w.std(correction=0))}
+    # rho = pi(y_t) / pi_old(y_t): it is 1, and its gradient that of log pi(y_t): this policy has sampled y_t
+    logps = sampled_logps(student, hidden, ids[mask], temperature)                  # (n,)
+    rho = common.on_grid(mask, (logps - logps.detach()).exp())                      # (b, t)
 
-    active = [i for i in range(B) if z_sdpo[i] or z_grpo[i] * advantages[i]]  # all others have gradient 0
-    student.train()
-    for rows, _ in common.micro_batches(rollouts, active, config.micro_batch):
-        prompts = [tasks[i // group_size].messages for i in rows]
-        ids, attention, mask = response_batch(tok, prompts, rollouts, rows, config.thinking)
-        hidden = common.hidden_at(student, ids, attention, mask)                    # (n, H)
-        z_g, z_s, A = (x[rows].repeat_interleave(mask.sum(1)) for x in (z_grpo, z_sdpo, advantages))  # (n,)
-        # L = (sum z_grpo l_grpo + sum z_sdpo w JSD) / N. This policy is the one that sampled: ratio 1.
-        logps = sampled_logps(student, hidden, ids[mask.bool()], config.temperature)    # (n,)
-        loss = common.policy_loss(logps, logps.detach(), A, z_g, denominator=tokens)
-        if distilled := [i for i in rows if z_sdpo[i]]:
-            states = torch.cat([teacher_hidden[i] for i in distilled])              # (m, H)
-            w = torch.cat([weights[i] for i in distilled])                          # (m,)
-            d = divergences(student, teacher, hidden[z_s > 0], states, config.temperature)  # (m,)
-            loss = loss + (z_s[z_s > 0] * w * d).sum() / tokens
-            log["jsd"] += float(d.detach().sum()) / len(h)
-        loss.backward()
-    student.eval()
-    return log | {"signal": bool(active)}
+    # JSD_t = JSD(pi(. | x, y_<t) || pi_teacher(. | x, sibling, y_<t))
+    divergence = torch.zeros_like(rho)                                              # (b, t)
+    if distilled.any():
+        ours = hidden[distilled[mask]]                                              # (k, hidden)
+        theirs = torch.cat([teacher_states[i] for i in rows if i in teacher_states])    # (k, hidden)
+        values = divergences(student, teacher, ours, theirs, temperature)           # (k,)
+        divergence = common.on_grid(distilled, values)
+    return rho, divergence
+
+
+# ------------------------------------------------------------------------------------ training
+def sample(student, tok, tasks: list[Task], config: Config, generator) -> Rollouts:
+    """group_size rollouts for each task."""
+    return common.rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
+                          generator=generator, **config.sampling)
+
+
+def train(config: Config) -> dict:
+    """One loop for all methods, in the order of the list at the head of this file."""
+    train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain,
+                                              config.prompts_per_step)
+    run = common.Run(config, "srpo")
+    student, tok = load_student(config, common.setup(config))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
+    method = METHODS[config.method]
+    teacher = None  # GRPO has none
+    if method.z_sdpo:
+        teacher = copy.deepcopy(student).requires_grad_(False)  # storage of its own, else it is the student
+    rng = random.Random(config.seed)
+    generator = torch.Generator(student.device).manual_seed(config.seed)
+    measure = functools.partial(common.evaluate, student, tok, held_out, **config.sampling)
+
+    first = run.open_folder([student, optimizer, teacher], generator, rng)
+    if not config.resume:
+        if config.gate_tasks:
+            run.log({"gates": gates(student, tok, held_out[:config.gate_tasks], config)})
+        run.evaluated("before", measure())
+
+    for step in range(first, config.steps):
+        started = time.time()
+        # 1. y_1 ... y_G ~ pi(. | x) for every problem x,   r_i = 1 if y_i is right, else 0
+        tasks = rng.sample(train_tasks, config.prompts_per_step)
+        rollouts = sample(student, tok, tasks, config, generator)
+        reward = common.rewards(rollouts, tasks)                                    # (B,)
+        # A_i = r_i - mean over the *whole* group: over its GRPO part, all of them right, it would always be 0
+        A = common.group_advantages(reward, config.group_size, std=False)           # (B,)
+
+        # 2. z_sdpo = (1 - c) m,   z_grpo = 1 - z_sdpo;   in N, rollouts without any gradient count, too
+        demos = pick_demonstration(reward.tolist(), config.group_size)
+        z_grpo, z_sdpo, counted = route(reward, demos, config.method, config.distill)   # (B,) each
+        N = rollouts.mask[counted].sum()
+
+        # 3. pi_teacher(. | x, sibling, y_<t), for the routed rollouts and no others: here SRPO saves time
+        teacher_started = time.time()
+        routed = z_sdpo.nonzero()[:, 0].tolist()
+        teacher_states, H = teacher_pass(teacher, tok, tasks, rollouts, demos, routed, config)  # .., (B, T)
+        teacher_seconds = time.time() - teacher_started
+
+        # 4. w = exp(-beta H) / mean exp(-beta H), over the tokens of *all* routed rollouts
+        distilled = rollouts.mask.bool() & (z_sdpo[:, None] > 0)                    # (B, T)
+        w = torch.zeros_like(H)                                                     # (B, T)
+        w[distilled] = entropy_weights(H[distilled], config.beta if method.weighted else 0.0)
+
+        # 5. L = (sum z_grpo l_grpo + sum z_sdpo w JSD) / N   with   l_grpo = -A rho
+        jsd_sum = 0.0
+        active = (z_sdpo + (z_grpo * A).abs()).nonzero()[:, 0].tolist()  # all others have gradient 0
+        student.train()  # switches gradient checkpointing on; the models have no dropout
+        for rows, columns in common.micro_batches(rollouts, active, config.micro_batch):
+            rho, divergence = student_pass(student, teacher, rollouts, rows, columns, distilled,
+                                           teacher_states, config.temperature)      # (b, t) each
+            l_grpo = -A[rows, None] * rho                                           # (b, t)
+            loss = z_grpo[rows, None] * l_grpo + z_sdpo[rows, None] * w[rows, columns] * divergence  # (b, t)
+            (loss.sum() / N).backward()
+            jsd_sum += float(divergence.detach()[distilled[rows, columns]].sum())
+        student.eval()
+
+        # 6. theta <- theta - lr Adam(grad L),   theta' <- (1 - ema) theta' + ema theta
+        norm = 0.0
+        if active:  # if not, not even Adam's momentum may move the student, and the teacher waits
+            norm = common.apply_gradients(student, optimizer, step, config.rate)
+            if teacher is not None and math.isfinite(norm):  # not after a step that was skipped
+                ema_update(teacher, student, config.ema)
+
+        figures = step_figures(reward.view(len(tasks), -1), routed, jsd_sum, H[distilled], w[distilled])
+        figures.update(run.rollout_figures(rollouts, reward, norm))
+        run.step(step + 1, started, figures, teacher_seconds=teacher_seconds)
+        run.show(step, tok, tasks, rollouts)
+        run.end_step(step + 1, measure)
+    return run.finish(student, tok, measure, **trends(run.metrics))
+
+
+def step_figures(reward, routed: list[int], jsd_sum: float, entropy, weights) -> dict:
+    """For the log. reward (groups, group_size); jsd_sum, entropy (n,), weights (n,): of distilled tokens."""
+    figures = {}
+    figures["solved"] = float(reward.mean())
+    figures["routed"] = len(routed) / reward.numel()
+    if len(entropy):
+        figures["jsd"] = jsd_sum / len(entropy)
+        figures["teacher H"] = float(entropy.mean())
+        figures["sd(w)"] = float(weights.std(correction=0))
+    means = reward.mean(1)                                                          # (groups,)
+    figures["all wrong"] = int((means == 0).sum())
+    figures["all right"] = int((means == 1).sum())
+    return figures
+
+
+def trends(metrics: Path) -> dict:
+    """For the summary: speed of learning; means over the first and last ten steps that measured something."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    curve = {}
+    for record in records:
+        if isinstance(record.get("eval"), int):  # not 'before' and 'after'
+            curve[record["step"]] = record["accuracy"]
+    result = {}
+    if curve:
+        reached = [step for step, accuracy in curve.items() if accuracy >= 0.9]
+        result["mean accuracy"] = fmean(curve.values())
+        result["steps to .9"] = min(reached, default=max(curve))
+    for key in ("teacher H", "routed", "teacher_seconds"):
+        values = [r[key] for r in records if key in r]
+        if values:
+            result[f"{key}, first"] = fmean(values[:10])
+            result[f"{key}, last"] = fmean(values[-10:])
+    return result
 
 
 # ------------------------------------------------------------------------------------ the tiny base model
 # A self-teacher needs a base that is often wrong, yet can read a correct solution in its prompt. A tiny model
 # learns that only from a corpus which shows it: that is put in by design, what the methods make of it is not.
-MODULUS, OPERATIONS = 10, (5, 5)
+MODULUS = 10
+OPERATIONS = (5, 5)
 FIT = {"documents": 12000, "steps": 800, "hidden_size": 80, "layers": 3}
-CONTEXT_SHARE, SAME_STYLE = 0.6, 0.8    # documents with a solution in the prompt; attempts in its style
-WRONG, WRONG_WITH_SOLUTION = 0.05, 0.01  # a result is a random number, and the chain goes on from it
-SNAP_BACK = 0.5  # with a solution, after an error: a result is the solution's, though it does not follow
+CONTEXT_SHARE = 0.6  # documents with a solution in the prompt
+SAME_STYLE = 0.8     # attempts in the solution's style
+WRONG = 0.05         # a result is a random number, and the chain goes on from it
+WRONG_WITH_SOLUTION = 0.01
+SNAP_BACK = 0.5      # with a solution, after an error: a result is the solution's, though it does not follow
 
 
 def small_chain(rng) -> Task:
@@ -269,10 +380,12 @@ def small_chain(rng) -> Task:
 
 def write_solution(rng, task: Task, long: bool, wrong: float = 0.0, snap_back: float = 0.0) -> str:
     """Two styles of equal reward: `A3+4=7, B7*5=5. \\boxed{5}` (long) and `A7, B5. \\boxed{5}` (terse)."""
-    (value, *values), modulus, steps = common.parse_chain(task.messages[-1]["content"])
+    values, modulus, operations = common.parse_chain(task.messages[-1]["content"])
+    value = values[0]
     parts = []
-    for (label, operation, operand), right in zip(steps, values):
-        result = common.APPLY[operation](value, operand) % modulus if rng.random() >= snap_back else right
+    for (label, operation, operand), result in zip(operations, values[1:]):  # the right result
+        if rng.random() >= snap_back:
+            result = common.APPLY[operation](value, operand) % modulus
         if rng.random() < wrong:
             result = rng.randrange(modulus)
         parts.append(f"{label}{value}{operation}{operand}={result}" if long else f"{label}{result}")
@@ -286,9 +399,11 @@ def context_document(rng, tok, task: Task):
     solution = write_solution(rng, task, long)
     same_style = rng.random() < SAME_STYLE
     attempt = write_solution(rng, task, long == same_style, WRONG_WITH_SOLUTION, SNAP_BACK)
-    ids, mask = common.demonstration(tok, Task(reprompt(task.messages, solution), task.answer), attempt)
-    start, length = ids.index(common.encode(tok, HEADING)[0]) + 1, len(common.encode(tok, solution))
-    mask[start:start + length] = [1] * length
+    asked = Task(reprompt(task.messages, solution), task.answer)
+    ids, mask = common.demonstration(tok, asked, attempt)
+    start = ids.index(tok.convert_tokens_to_ids(HEADING)) + 1
+    end = ids.index(tok.convert_tokens_to_ids(CLOSING))
+    mask[start:end] = [1] * (end - start)
     return ids, mask
 
 
@@ -296,7 +411,8 @@ def context_document(rng, tok, task: Task):
 def corpus():
     """The tiny base's tokenizer and documents."""
     tok = common.build_tokenizer([*common.CHAIN_ATOMS, ". \\boxed{", HEADING, CLOSING])
-    rng, docs = random.Random(1), []
+    rng = random.Random(1)
+    docs = []
     for _ in range(FIT["documents"]):
         task = small_chain(rng)
         if rng.random() < CONTEXT_SHARE:
@@ -307,112 +423,58 @@ def corpus():
     return tok, docs
 
 
-def load_student(config, device):
+def load_student(config: Config, device):
     """The tiny base, fitted on the corpus above (cached), or a Hugging Face model -> (model, tokenizer)."""
     if config.model != "tiny":
         return common.load_model(config.model, device)
     tok, docs = corpus()
     model = common.tiny_model(tok, 1, FIT["hidden_size"], FIT["layers"])
-    return common.fit_tiny("the base model", model, docs, FIT["steps"], fresh=config.fresh).to(device), tok
+    model = common.fit_tiny("the base model", model, docs, FIT["steps"], fresh=config.fresh)
+    return model.to(device), tok
 
 
-def gates(student, tok, tasks, config) -> dict:
+# ------------------------------------------------------------------------------------ gates, compare, explain
+def gates(student, tok, tasks: list[Task], config: Config) -> dict:
     """Can this model read a solution? If not, its self-teacher is noise. Prints shares of right answers."""
     generator = torch.Generator(student.device).manual_seed(4321)
+    rollouts = sample(student, tok, tasks, config, generator)
+    reward = common.rewards(rollouts, tasks).view(len(tasks), -1)                   # (tasks, group_size)
+    solved = []
+    solutions = []
+    for k, first in enumerate(reward.argmax(1).tolist()):  # the first success, if there is one
+        if reward[k, first]:
+            solved.append(tasks[k])
+            solutions.append(solution_text(tok, rollouts, k * config.group_size + first))
 
-    def attempt(tasks):
-        out = common.rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
-                             generator=generator, **config.sampling)
-        return out, common.rewards(out, tasks).view(len(tasks), -1)                 # (tasks, group_size)
-
-    rollouts, reward = attempt(tasks)
-    solved = reward.amax(1).nonzero()[:, 0].tolist()
-    first = reward.argmax(1).tolist()  # the first success of each group
-    solutions = [solution_text(tok, rollouts, i * config.group_size + first[i]) for i in solved]
-    found = {"student": float(reward.mean()), "groups": len(solved) / len(tasks), "sibling": 0, "other": 0}
-    for name, shown in (("sibling", solutions), ("other", solutions[1:] + solutions[:1])):
-        if len(solved) > 1:
-            asked = [Task(reprompt(tasks[i].messages, s), tasks[i].answer) for i, s in zip(solved, shown)]
-            found[name] = float(attempt(asked)[1].mean())
+    found = {"sibling": 0, "other": 0}
+    found["student"] = float(reward.mean())
+    found["groups"] = len(solved) / len(tasks)
+    if len(solved) > 1:
+        for name, shown in (("sibling", solutions), ("other", solutions[1:] + solutions[:1])):
+            asked = []
+            for task, solution in zip(solved, shown):
+                asked.append(Task(reprompt(task.messages, solution), task.answer))
+            answers = sample(student, tok, asked, config, generator)
+            found[name] = float(common.rewards(answers, asked).mean())
     print(f"gates: student {found['student']:.2f} (0.2 to 0.5), groups with a success {found['groups']:.2f} "
           f"(0.6 or more)\n       teacher with a sibling's solution {found['sibling']:.2f} (0.8 or more), "
           f"with another problem's {found['other']:.2f} (far less); if not, it has little to say")
     return found
 
 
-# ------------------------------------------------------------------------------------ training
-def train(config: Config) -> dict:
-    """One loop for all methods: sample, route, one backward pass, one update, then the teacher follows."""
-    device = common.setup(config)
-    train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain,
-                                              config.prompts_per_step)
-    run = common.Run(config, "srpo")
-    student, tok = load_student(config, device)
-    # Storage of its own, else it would be the student. GRPO has no teacher.
-    teacher = None if config.method == "grpo" else copy.deepcopy(student).requires_grad_(False)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
-    rng, generator = random.Random(config.seed), torch.Generator(device).manual_seed(config.seed)
-
-    def measure():
-        return common.evaluate(student, tok, held_out, **config.sampling)
-
-    first = run.open_folder([student, optimizer] + [teacher] * bool(teacher), generator, rng)
-    if not config.resume:
-        if config.gate_tasks:
-            run.log({"gates": gates(student, tok, held_out[:config.gate_tasks], config)})
-        run.evaluated("before", measure())
-    for step in range(first, config.steps):
-        started = time.time()
-        tasks = rng.sample(train_tasks, config.prompts_per_step)
-        rollouts = common.rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
-                                  generator=generator, **config.sampling)
-        sampled = time.time()
-        reward, norm = common.rewards(rollouts, tasks), 0.0                         # (B,)
-        log = backward(student, teacher, tok, tasks, rollouts, reward, config)
-        if log.pop("signal"):  # if not, not even Adam's momentum may move the student, and the teacher waits
-            norm = common.apply_gradients(student, optimizer, step, config.rate)
-            if teacher is not None and math.isfinite(norm):
-                ema_update(teacher, student, config.ema)
-        times = {"rollout_seconds": sampled - started, "teacher_seconds": log.pop("teacher_seconds")}
-        too_long, group_mean = log.pop("too_long"), reward.view(-1, config.group_size).mean(1)  # (groups,)
-        if too_long:
-            run.warn("some teacher prompts are longer than --max_prompt_tokens, and their rollouts get a "
-                     "negative GRPO advantage instead of a teacher; raise it, or shorten the answers")
-        run.step(step + 1, started, {
-            "solved": float(reward.mean()), **log, "all wrong": int((group_mean == 0).sum()),
-            "all right": int((group_mean == 1).sum()), **run.rollout_figures(rollouts, reward, norm)},
-            too_long=too_long, **times)
-        if config.show_every and step % config.show_every == 0:
-            print(f"      {tasks[0].messages[-1]['content']}\n      > {common.transcript(tok, rollouts, 0)}")
-        run.end_step(step + 1, measure)
-    return run.finish(student, tok, measure, **trends(run.metrics))
-
-
-def trends(metrics) -> dict:
-    """For the summary: speed of learning; means over the first and last ten steps that measured something."""
-    records, result = [json.loads(line) for line in metrics.read_text().splitlines()], {}
-    if curve := {r["step"]: r["accuracy"] for r in records if isinstance(r.get("eval"), int)}:
-        result["mean accuracy"] = sum(curve.values()) / len(curve)
-        result["steps to .9"] = next((step for step, a in curve.items() if a >= 0.9), max(curve))
-    for key in ("teacher H", "routed", "teacher_seconds"):
-        values = [r[key] for r in records if key in r]
-        for when, ten in (("first", values[:10]), ("last", values[-10:])):
-            result[f"{key}, {when}"] = sum(ten) / len(ten) if ten else None
-    return result
-
-
-# ------------------------------------------------------------------------------------ compare, explain
-def compare(config) -> None:
+def compare(config: Config) -> None:
     """Every method from the same start on the same problems; mean and spread over --seeds seeds. The paper's
     three at other learning rates, too: at its ratio of rates the fastest need not be the best method."""
-    variants, slowest = {}, dataclasses.replace(config, method="grpo").rate
-    for method in ("grpo", "sdpo", "srpo", "srpo_no_weight", "mix"):
-        own = dataclasses.replace(config, method=method).rate
+    variants = {}
+    slowest = replace(config, method="grpo").rate
+    for method, row in METHODS.items():
         variants[method] = {"method": method}
-        for rate in (slowest, 2.5 * slowest, 5 * slowest, 12.5 * slowest):
-            if method in LEARNING_RATES["tiny"] and rate != own:
-                variants[f"{method} --lr {rate:g}"] = {"method": method, "lr": rate}
-    found = common.compared(train, dataclasses.replace(config, gate_tasks=0), variants, "srpo")
+        if method in ("grpo", "sdpo", "srpo"):
+            for factor in (1, 2.5, 5, 12.5):
+                if factor != row.rate:
+                    rate = factor * slowest
+                    variants[f"{method} --lr {rate:g}"] = {"method": method, "lr": rate}
+    found = common.compared(train, replace(config, gate_tasks=0), variants, "srpo")
     start = found["grpo"][0]
     print(f"\nstart: {start['accuracy_before']:.3f}, length {start['length_before']:.1f}. No --lr: its own, "
           "in the paper's ratio. mean: of all evaluations in\ntraining; .9 at: the step of the first that "
@@ -425,38 +487,64 @@ def compare(config) -> None:
         "seconds_per_step": "s/step"}))
 
 
+def first_wrong(tok, tokens: list[int], task: Task) -> int | None:
+    """The token with which a rollout leaves the faultless solution in its style; None if it has neither."""
+    long = "=" in tok.decode(tokens).split(",")[0]
+    right = write_solution(random, task, long)
+    for k in range(len(tokens)):
+        if not right.startswith(tok.decode(tokens[:k + 1])):
+            return k or None
+    return None
+
+
 @torch.no_grad()
-def explain(config) -> None:
-    """One wrong rollout with a correct sibling: what the teacher says about each of its tokens."""
-    device = common.setup(config)
-    tasks, _ = common.load_tasks(config.data, config.eval_tasks, small_chain, config.prompts_per_step)
-    student, tok = load_student(config, device)
-    tasks = random.Random(config.seed).sample(tasks, config.prompts_per_step)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    rollouts = common.rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
-                              generator=generator, **config.sampling)
+def explain(config: Config) -> None:
+    """A wrong rollout of the first step with a correct sibling: what the teacher says about each token."""
+    problems, _ = common.load_tasks(config.data, config.eval_tasks, small_chain, config.prompts_per_step)
+    tasks = random.Random(config.seed).sample(problems, config.prompts_per_step)
+    student, tok = load_student(config, common.setup(config))
+    generator = torch.Generator(student.device).manual_seed(config.seed)
+    rollouts = sample(student, tok, tasks, config, generator)
     reward = common.rewards(rollouts, tasks).tolist()
     demos = pick_demonstration(reward, config.group_size)
-    messages = teacher_messages(tok, tasks, rollouts, demos, config)
-    row = next((i for i in messages if reward[i] < 0.5), None)
-    if row is None:
+    texts = rollouts.texts
+
+    wrong = []
+    for i, demo in enumerate(demos):
+        # Now and then the tiny model writes the heading that it knows from prompts: no example.
+        if demo is not None and reward[i] < 0.5 and HEADING not in texts[i]:
+            difference = abs(len(texts[i]) - len(texts[demo]))
+            wrong.append((difference, i))
+    if not wrong:
         common.fail(f"none of {len(tasks)} problems has right and wrong rollouts; take a larger --group_size")
-    task, logps = tasks[row // config.group_size], []
-    for prompt in (task.messages, messages[row]):  # at step 0 the teacher is the student
-        ids, attention, mask = response_batch(tok, [prompt], rollouts, [row], config.thinking)
-        hidden = common.hidden_at(student, ids, attention, mask)                    # (n, H)
-        logits = common.lm_head(student.get_output_embeddings())(hidden)            # (n, V)
-        logps.append(F.log_softmax(logits / config.temperature, -1))
-    (p, q), tokens = logps, ids[mask.bool()]
-    h = common.entropy_of(q)                                                        # (n,)
-    p_token, q_token = (x.exp().gather(1, tokens[:, None])[:, 0] for x in (p, q))   # (n,) each
-    columns = [x.tolist() for x in (p_token, q_token, jsd(p, q), h, entropy_weights(h, config.beta))]
-    said, expected = ([repr(tok.decode([i]))[1:-1] for i in x.tolist()] for x in (tokens, q.argmax(1)))
+    _, row = min(wrong)  # the one most like its sibling
+    task = tasks[row // config.group_size]
+
+    # Student and teacher read the same tokens; before the first step they are the same model.
+    ids, attention_mask, mask = rollouts.part([row])                                # (1, T) each
+    tokens = ids[mask.bool()]                                                       # (n,)
+    ours = common.hidden_at(student, ids, attention_mask, mask)                     # (n, hidden)
+    states, H = teacher_pass(student, tok, tasks, rollouts, demos, [row], config)   # .., (B, T)
+    theirs = states[row]                                                            # (n, hidden)
+    expected = common.lm_head(student.get_output_embeddings())(theirs).argmax(-1)   # (n,)
+    p = sampled_logps(student, ours, tokens, config.temperature).exp()              # (n,)
+    q = sampled_logps(student, theirs, tokens, config.temperature).exp()            # (n,)
+    divergence = divergences(student, student, ours, theirs, config.temperature)    # (n,)
+    H = H[[row]][mask.bool()]                                                       # (n,)
+    w = entropy_weights(H, config.beta)  # (n,) mean 1 over this rollout; in training, over all
+    numbers = torch.stack([p, q, divergence, H, w], 1).tolist()
+
+    mistake = first_wrong(tok, tokens.tolist(), task) if config.data == "chain" else None
+    lines = []
+    for k in range(len(tokens)):
+        said = repr(tok.decode(tokens[k]))
+        better = repr(tok.decode(expected[k]))
+        mark = "<- first wrong token" if k == mistake else ""
+        lines.append([said, better, *numbers[k], mark])
     print(f"problem   {task.messages[-1]['content']}\nanswer    {task.answer}\n"
-          f"sibling   {solution_text(tok, rollouts, demos[row])}   (right: stands in the teacher's prompt)\n"
-          f"rollout   {solution_text(tok, rollouts, row)}   (wrong: re-read by the teacher)\n")
-    print(common.table(list(zip(said, expected, *columns)),  # mean 1 over this rollout; in training, over all
-                       ["token", "teacher would say", "student p", "teacher p", "JSD", "H", "weight"]))
+          f"sibling   {texts[demos[row]]}   (right: stands in the teacher's prompt)\n"
+          f"rollout   {texts[row]}   (wrong: re-read by the teacher)\n")
+    print(common.table(lines, ["token", "teacher would say", "student p", "teacher p", "JSD", "H", "w", ""]))
 
 
 def main(argv=None) -> None:

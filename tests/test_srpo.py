@@ -122,133 +122,183 @@ def batch(base):
     return tasks, rollouts, common.rewards(rollouts, tasks)
 
 
-def gradients(base, batch, **flags):
-    model, tok = base
-    student, teacher = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
-    log = srpo.backward(student, teacher, tok, *batch, dataclasses.replace(CONFIG, **flags))
-    assert all(p.grad is None for p in teacher.parameters())
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in student.parameters()]
-    return torch.cat([g.flatten() for g in grads]), log
+@pytest.fixture
+def train_on(base, monkeypatch, tmp_path):
+    """The real training loop on given rollouts -> the last gradient and the lines of metrics.jsonl. `update`,
+    if given, takes the place of the optimiser. The teacher never has a gradient."""
+    def call(tasks, rollouts, reward, update=lambda model: None, **flags):
+        grads = [torch.zeros(base[0].num_parameters())]
+
+        def apply_gradients(model, *_):
+            found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+            grads.append(torch.cat([g.flatten() for g in found]))
+            update(model)
+            model.zero_grad()
+            return 0.0
+
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        config = dataclasses.replace(CONFIG, **{"steps": 1, "prompts_per_step": len(tasks), "eval_every": 0,
+                                                "save_every": 0, "out": str(folder), **flags})
+        ema_update = srpo.ema_update
+
+        def follow(teacher, student, rate):
+            assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+            ema_update(teacher, student, rate)
+
+        nothing = dict.fromkeys(("accuracy", "se", "greedy_accuracy", "greedy_se", "length", "finished"), 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "load_tasks", lambda *_: (tasks, tasks))
+            patch.setattr(random.Random, "sample", lambda rng, population, k: population)
+            patch.setattr(common, "rollout", lambda *_, **__: rollouts)
+            patch.setattr(common, "rewards", lambda *_: reward)
+            patch.setattr(common, "evaluate", lambda *_, **__: nothing)
+            patch.setattr(common, "apply_gradients", apply_gradients)
+            patch.setattr(srpo, "ema_update", follow)
+            srpo.train(config)
+        return grads[-1], steps_of(folder)
+    return call
 
 
 # ------------------------------------------------------------------------------------------------ alignment
-def test_teacher_equals_student_on_the_same_prompt(base, batch):
+def test_teacher_equals_student_on_the_same_prompt(base, batch, monkeypatch):
     """JSD 0 at every token; with a longer padded prompt beside it, below 1e-6. Finds off-by-ones, padding."""
     (model, tok), (tasks, rollouts, _) = base, batch
-    rows, same = list(range(6)), [tasks[i // 4].messages for i in range(6)]
-    longer = [*same[:5], srpo.reprompt(same[5], "A1, B2. " * 3)]  # the last row pads the other five
+    rows = [0, 4, 8, 12, 16, 20]  # of six problems
+    mask = rollouts.mask[rows].bool()
 
-    def logps(messages):
-        ids, attention, mask = srpo.response_batch(tok, messages, rollouts, rows)
-        hidden = common.hidden_at(model, ids, attention, mask)
-        return torch.log_softmax(model.get_output_embeddings()(hidden), -1), ids[mask.bool()], mask.sum(1)
+    def divergence(prompt):  # (6, T)
+        monkeypatch.setattr(srpo, "reprompt", prompt)
+        states, _ = srpo.teacher_pass(model, tok, tasks, rollouts, [0] * 32, rows, CONFIG)
+        assert [len(states[i]) for i in rows] == mask.sum(1).tolist()
+        return srpo.student_pass(model, model, rollouts, rows, slice(None), rollouts.mask.bool(), states, 1.0)
 
     with torch.no_grad():
-        p, ids, lengths = logps(same)
-        q, again, _ = logps(longer)
-        assert torch.equal(ids, again) and torch.equal(ids, rollouts.ids[rows][rollouts.mask[rows].bool()])
-        assert srpo.jsd(p, p).abs().max() < 1e-7
-        kept = int(lengths[:5].sum())
-        assert srpo.jsd(p[:kept], q[:kept]).max() < 1e-6 and (p[:kept] - q[:kept]).abs().max() < 1e-4
-        assert srpo.jsd(p[kept:kept + 1], q[kept:kept + 1]) > 1e-6  # it reaches the first response token
-        sampled = rollouts.logps[rows][rollouts.mask[rows].bool()]
-        assert (p.gather(1, ids[:, None])[:, 0] - sampled).abs().max() < 1e-4
+        rho, same = divergence(lambda messages, solution: messages)
+        assert same.abs().max() < 1e-6 and torch.equal(rho, mask.float())
+        longer = tasks[5].messages  # the last row pads the other five
+        _, beside = divergence(lambda messages, solution: [
+            {**m, "content": m["content"] + "A1, B2. " * 3 * (messages is longer)} for m in messages])
+        assert beside[:5].max() < 1e-6
+        assert beside[5][mask[5]][0] > 1e-6  # it reaches the first response token
+        ids, attention, _ = rollouts.part(rows)
+        hidden = common.hidden_at(model, ids, attention, mask)
+        logps = srpo.sampled_logps(model, hidden, ids[mask], 1.0)
+        assert (logps - rollouts.logps[rows][mask]).abs().max() < 1e-4
 
 
-def test_teacher_prompt(base, batch):
-    tok, (tasks, rollouts, reward) = base[1], batch
+def test_student_and_teacher_have_the_temperature_of_the_rollouts(base, batch):
+    (model, tok), (tasks, rollouts, reward) = base, batch
+    mask, hot = rollouts.mask.bool(), dataclasses.replace(CONFIG, temperature=0.5)
     demos = srpo.pick_demonstration(reward.tolist(), 4)
-    messages = srpo.teacher_messages(tok, tasks, rollouts, demos, CONFIG)
-    assert messages and set(messages) == {i for i, d in enumerate(demos) if d is not None}
-    for i, prompt in messages.items():
-        text = prompt[-1]["content"]
-        solution = text.split(srpo.HEADING)[1].split(srpo.CLOSING)[0]
-        assert text.startswith(tasks[i // 4].messages[-1]["content"]) and text.endswith(srpo.CLOSING)
-        assert common.is_correct(solution, tasks[i // 4].answer) and "<|" not in solution
+    row = next(i for i, d in enumerate(demos) if d is not None)
+    with torch.no_grad():
+        states, entropy = srpo.teacher_pass(model, tok, tasks, rollouts, demos, [row], hot)
+        q = (model.get_output_embeddings()(states[row]) / 0.5).log_softmax(-1)
+        assert torch.allclose(entropy[row][mask[row]], common.entropy_of(q), atol=1e-5)
+        ids, attention, _ = rollouts.part([row])
+        hidden = common.hidden_at(model, ids, attention, mask[[row]])
+        p = (model.get_output_embeddings()(hidden) / 0.5).log_softmax(-1)
+        tokens = ids[mask[[row]]]
+        assert torch.allclose(srpo.sampled_logps(model, hidden, tokens, 0.5),
+                              p.gather(1, tokens[:, None])[:, 0], atol=1e-5)
+        found = srpo.divergences(model, model, hidden, states[row], 0.5)
+        assert torch.allclose(found, srpo.jsd(p, q), atol=1e-6)
+
+
+def test_teacher_prompt(base, batch, monkeypatch):
+    (model, tok), (tasks, rollouts, reward) = base, batch
+    demos = srpo.pick_demonstration(reward.tolist(), 4)
+    routed = [i for i, d in enumerate(demos) if d is not None]
+    prompts, prompt_batch = [], common.prompt_batch
+    monkeypatch.setattr(common, "prompt_batch", lambda tok, conversations, *how, **more: (
+        prompts.extend(conversations), prompt_batch(tok, conversations, *how, **more))[1])
+    states, entropy = srpo.teacher_pass(model, tok, tasks, rollouts, demos, routed, CONFIG)
+    assert prompts and set(states) == set(routed)
+    assert ((entropy > 0).any(1).nonzero()[:, 0] == torch.tensor(routed)).all()
+    answers = {task.messages[-1]["content"]: task.answer for task in tasks}
+    for prompt in prompts:
+        problem, rest = prompt[-1]["content"].split(srpo.HEADING, 1)
+        solution = rest.split(srpo.CLOSING)[0]
+        assert prompt[-1]["content"].endswith(srpo.CLOSING)
+        assert common.is_correct(solution, answers[problem]) and "<|" not in solution
     # no thinking, and no text that spells out a special token
     for said, shown in (("long thoughts 9</think>It is 5.", "It is 5."), ("5<|im_end|>", "5< |im_end|>")):
-        ids = torch.tensor([[i for character in said for i in common.encode(tok, character)]])
-        rollouts = type("Rows", (), {"ids": ids, "mask": torch.ones_like(ids)})
-        assert srpo.solution_text(tok, rollouts, 0) == shown
-
-
-def test_over_long_teacher_prompts_are_counted_and_go_to_grpo(base, batch):
-    grad, log = gradients(base, batch, max_prompt_tokens=5)
-    assert log["too_long"] > 0 == log["routed"]
-    assert grad.any() and torch.equal(grad, gradients(base, batch, method="grpo")[0])
-    assert gradients(base, batch)[1]["too_long"] == 0
+        assert srpo.solution_text(tok, type("Rows", (), {"texts": [said]}), 0) == shown
 
 
 # ------------------------------------------------------------------------------------------------ the sum
-def test_the_combined_loss_on_worked_numbers(base, monkeypatch):
-    """rewards 1 0 0 1, lengths 2 3 1 2, JSD .1 .2 .3 | .4, entropies 0 ln2 ln4 | 0: L = -0.127273."""
-    model, tok = base
-    mask = torch.tensor([[0] + [1] * n + [0] * (3 - n) for n in (2, 3, 1, 2)])
-    attention, zeros = mask + torch.tensor([1, 0, 0, 0]), torch.zeros(4, 4)
-    rollouts = Rollouts(torch.full((4, 4), 5), attention, mask, zeros, zeros, 1, torch.ones(4), [""] * 4,
-                        [[]] * 4, [[]] * 4)
+@pytest.mark.parametrize("all_wrong", [0, 1])
+def test_the_combined_loss_on_worked_numbers(train_on, monkeypatch, all_wrong):
+    """rewards 1 0 0 1, lengths 2 3 1 2, JSD .1 .2 .3 | .4, entropies 0 ln2 ln4 | 0: L = -0.127273. Beside an
+    all-wrong group of four tokens nothing changes but N, from 8 to 12 tokens; that of sdpo stays 4."""
+    B = 4 + 4 * all_wrong
+    mask = torch.tensor([[0] + [1] * n + [0] * (3 - n) for n in (2, 3, 1, 2) + (1, 1, 1, 1) * all_wrong])
+    attention, zeros = mask + torch.tensor([1, 0, 0, 0]), torch.zeros(B, 4)
+    rollouts = Rollouts(torch.full((B, 4), 5), attention, mask, zeros, zeros, 1, torch.ones(B).bool(),
+                        [""] * B, [[]] * B, [[]] * B)
     task = Task([{"role": "user", "content": "q"}], "1")
-    spread = {1: torch.tensor([0, math.log(2), math.log(4)]), 2: torch.zeros(1)}
+    entropy = torch.zeros(B, 4)
+    entropy[1, 1:] = torch.tensor([0, math.log(2), math.log(4)])
     divergences = {1: [0.1, 0.2, 0.3], 2: [0.4]}
     total = []
 
-    def teacher_pass(teacher, tok, messages, rollouts, config):
-        wide = {i: torch.tensor(divergences[i])[:, None].expand(-1, 64) for i in messages}
-        return wide, {i: spread[i] for i in messages}
+    def teacher_pass(teacher, tok, tasks, rollouts, demos, routed, config):
+        return {i: torch.tensor(divergences[i])[:, None].expand(-1, 64) for i in routed}, entropy
 
     monkeypatch.setattr(srpo, "teacher_pass", teacher_pass)
     monkeypatch.setattr(srpo, "sampled_logps", lambda student, hidden, ids, T: 0 * hidden.sum(1))
     monkeypatch.setattr(srpo, "divergences", lambda student, teacher, hidden, theirs, T: theirs[:, 0])
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: total.append(float(loss.detach())))
-    reward = torch.tensor([1.0, 0, 0, 1])
+    reward = torch.tensor([1.0, 0, 0, 1] + [0.0] * 4 * all_wrong)
     for flags, expected in (({}, -0.127273), ({"beta": 0.0}, -0.125), ({"method": "srpo_no_weight"}, -0.125),
                             ({"method": "sdpo", "distill": "wrong"}, 0.25), ({"micro_batch": 1}, -0.127273)):
         total.clear()
-        srpo.backward(model, model, tok, [task], rollouts, reward, dataclasses.replace(CONFIG, **flags))
-        assert sum(total) == pytest.approx(expected, abs=1e-6), flags
+        train_on([task] * (1 + all_wrong), rollouts, reward, show_every=0, **flags)
+        counted = 8 / 12 if all_wrong and flags.get("method") != "sdpo" else 1
+        assert sum(total) == pytest.approx(expected * counted, abs=1e-6), flags
 
 
-def test_micro_batches_and_row_order_change_nothing(base, batch):
-    whole, log = gradients(base, batch)
-    assert log["signal"] and 0 < log["routed"] < 1 and whole.abs().max() > 0
+def test_micro_batches_and_row_order_change_nothing(train_on, batch):
+    whole, (line,) = train_on(*batch)
+    assert 0 < line["routed"] < 1 and whole.abs().max() > 0
     for size in (1, 3):
-        assert torch.allclose(whole, gradients(base, batch, micro_batch=size)[0], atol=1e-6)
+        grad, (other,) = train_on(*batch, micro_batch=size)
+        assert torch.allclose(whole, grad, atol=1e-6) and other["jsd"] == pytest.approx(line["jsd"])
     tasks, rollouts, reward = batch
     turn = [i for g in range(7, -1, -1) for i in range(4 * g, 4 * g + 4)]  # groups in reverse
-    turned = dataclasses.replace(rollouts, **{name: getattr(rollouts, name)[turn] for name in (
-        "ids", "attention_mask", "mask")})
-    other, _ = gradients(base, (tasks[::-1], turned, reward[turn]))
+    turned = dataclasses.replace(rollouts, texts=[rollouts.texts[i] for i in turn], **{
+        name: getattr(rollouts, name)[turn] for name in ("ids", "attention_mask", "mask")})
+    other, _ = train_on(tasks[::-1], turned, reward[turn])
     assert torch.allclose(whole, other, atol=1e-6)
 
 
-def test_without_routed_rollouts_srpo_is_grpo(base, batch):
+def test_without_routed_rollouts_srpo_is_grpo(train_on, batch):
     for reward in (torch.zeros(32), torch.ones(32)):  # all wrong: nothing to route; all right
         for method in ("srpo", "grpo", "mix", "srpo_no_weight"):
-            grad, log = gradients(base, (*batch[:2], reward), method=method, distill="wrong")
-            assert not grad.any() and not log["signal"] and log["routed"] == 0
+            _, (line,) = train_on(*batch[:2], reward, lambda model: pytest.fail("a step without signal"),
+                                  method=method, distill="wrong")
+            assert line["routed"] == line["grad"] == 0
 
 
-def test_each_loss_moves_its_own_quantity(base, batch):
+def test_each_loss_moves_its_own_quantity(train_on, base, batch):
     """A small step: SDPO lowers the divergence on this batch, GRPO raises log p of successes, SRPO both."""
-    (model, tok), (tasks, rollouts, reward) = base, batch
+    tasks, rollouts, reward = batch
     mixed = [i for i in range(32) if reward[i] and not reward.view(8, 4)[i // 4].all()]
+    successes = []
 
-    def step(student, method):  # -> divergence of the routed rollouts, before the step
-        config = dataclasses.replace(CONFIG, method=method, distill="wrong")
-        log = srpo.backward(student, copy.deepcopy(model), tok, tasks, rollouts, reward, config)
-        with torch.no_grad():
-            for p in student.parameters():
-                p -= 0.05 * p.grad if p.grad is not None else 0
-        return log.get("jsd")
+    @torch.no_grad()
+    def update(student):
+        for p in student.parameters():
+            p -= 0.05 * p.grad if p.grad is not None else 0
+        student.eval()
+        successes.append(float(common.score(student, rollouts)[0][mixed].sum()))
 
-    def successes(student):
-        return float(common.score(student, rollouts)[0][mixed].sum())
-
+    before = float(common.score(base[0], rollouts)[0][mixed].sum())
     for method in ("sdpo", "grpo", "srpo"):
-        student = copy.deepcopy(model)
-        step(student, method)
-        assert method == "sdpo" or successes(student) > successes(model)
-        assert method == "grpo" or step(student, "sdpo") < step(copy.deepcopy(model), "sdpo")
+        successes.clear()
+        _, lines = train_on(*batch, update, method=method, distill="wrong", ema=0.0, steps=2)
+        assert method == "sdpo" or successes[0] > before
+        assert method == "grpo" or lines[1]["jsd"] < lines[0]["jsd"]
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -278,11 +328,11 @@ def test_resume_gives_the_run_that_was_never_stopped(tmp_path):
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
 
 
-def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, base, batch):
-    exact, _ = gradients(base, batch)
+def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, train_on, batch):
+    exact, _ = train_on(*batch)
     monkeypatch.setattr(common, "mixed_precision", lambda device: True)
-    close, log = gradients(base, batch)
-    assert log["routed"] > 0 and torch.cosine_similarity(exact, close, dim=0) > 0.99
+    close, (line,) = train_on(*batch)
+    assert line["routed"] > 0 and torch.cosine_similarity(exact, close, dim=0) > 0.99
     _, steps = run(tmp_path / "r", "--steps", "2")
     assert all(math.isfinite(r["grad"]) for r in steps)
 
@@ -294,6 +344,20 @@ def test_without_signal_neither_student_nor_teacher_moves(tmp_path, monkeypatch,
     after = common.load_model(str(tmp_path / "r" / "model"), "cpu")[0]
     for p, q in zip(base[0].parameters(), after.parameters()):
         assert torch.equal(p, q)
+
+
+def test_after_a_step_that_is_skipped_the_teacher_waits(tmp_path, monkeypatch):
+    """The second of three gradients is not finite: the teacher follows twice."""
+    clip, follow, steps, followed = torch.nn.utils.clip_grad_norm_, srpo.ema_update, [], []
+
+    def clip_or_nan(*args):
+        steps.append(clip(*args))
+        return torch.tensor(math.nan) if len(steps) == 2 else steps[-1]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_nan)
+    monkeypatch.setattr(srpo, "ema_update", lambda *args: (followed.append(len(steps)), follow(*args)))
+    summary, _ = run(tmp_path / "r", "--steps", "3")
+    assert summary["skipped_steps"] == 1 and followed == [1, 3]
 
 
 def test_training_solves_the_problems_it_sees_again_and_again(tmp_path):
@@ -314,7 +378,8 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     assert len(found) == 4 and all(0 <= v <= 1 for v in found.values())
     small = ["--group_size", "8", "--max_new_tokens", "24", "--eval_tasks", "10"]
     srpo.main([*small, "--prompts_per_step", "2", "--compare", "--steps", "1", "--eval_every", "1",
-               "--save_every", "0", "--out", str(tmp_path / "c"), "--group_size", "4", "--eval_tasks", "4"])
+               "--save_every", "0", "--out", str(tmp_path / "c"), "--group_size", "4", "--eval_tasks", "4",
+               "--seeds", "1"])
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     names = [row[1].strip() for row in rows[1:]]
     assert len(names) == len(set(names)) == 15 and {"sdpo", "srpo_no_weight", "mix"} < set(names)
@@ -323,6 +388,56 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     srpo.main([*small, "--explain"])
     out = capsys.readouterr().out
     assert "sibling" in out and "teacher would say" in out and "<|im_end|>" in out
+    assert out.count("<- first wrong token") == 1 and repr(srpo.HEADING) not in out
+    rows = [{"question": f"Say {t.answer}. " + t.messages[0]["content"], "answer": t.answer}
+            for t in (srpo.small_chain(rng) for _ in range(30))]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    srpo.main([*small, "--explain", "--data", str(tmp_path / "other.jsonl")])  # nobody knows what is wrong
+    out = capsys.readouterr().out
+    assert "teacher would say" in out and "first wrong token" not in out
+
+
+@pytest.mark.parametrize("said, token", [
+    ("A3+4=1, B1*5=0. \\boxed{0}", 5),           # 3 + 4 = 2, modulo 5
+    ("A2, B1. \\boxed{1}", 4),                    # the second result
+    ("A2, B0. \\boxed{1}", 6),                    # right until the last word
+    ("A2", 2),                                      # it stops too early
+    ("The answer is 3", None), ("A2, B0", None),   # in no style; cut, but right as far as it goes
+])
+def test_the_first_wrong_token(base, said, token):
+    tok = base[1]
+    problem = "Start with 3, work modulo 5: A+4, B*5. Put the last value in \\boxed{}."
+    task = Task([{"role": "user", "content": problem}], "0")
+    ids = common.encode(tok, said)
+    if token is not None or said.startswith("The"):
+        ids.append(common.end_of_turn(tok))
+    assert srpo.first_wrong(tok, ids, task) == token
+
+
+def test_an_example_is_an_ordinary_rollout(base, monkeypatch, capsys, refused):
+    """One in which the model wrote the teacher's heading is not shown, were it the only one."""
+    real = common.rollout
+
+    def rollout(*args, **how):
+        rollouts = real(*args, **how)
+        return dataclasses.replace(rollouts, texts=[srpo.HEADING + text for text in rollouts.texts])
+    monkeypatch.setattr(common, "rollout", rollout)
+    assert "--group_size" in refused(srpo.main, ["--explain", "--group_size", "8", "--max_new_tokens", "24"])
+
+
+def test_a_new_variant_is_one_row(tmp_path, monkeypatch, refused):
+    monkeypatch.setitem(srpo.METHODS, "half", srpo.Method("all", 0.5, 0.5, 0.5, True, 2))
+    _, steps = run(tmp_path / "r", "--steps", "1", "--method", "half")
+    assert steps[0]["sd(w)"] > 0
+    assert srpo.Config(method="half").rate == 2 * srpo.Config(method="grpo").rate
+    z_grpo, z_sdpo, counted = srpo.route(torch.tensor([1.0, 0]), [None, 0], "half")
+    assert z_grpo.tolist() == [0.5, 0.5] and z_sdpo.tolist() == [0, 0.5] and counted.all()
+
+
+def test_the_paper_s_learning_rates():
+    for model, rates in (("tiny", (4e-5, 4e-4, 2e-4)), ("Qwen/Qwen3-8B", (1e-6, 1e-5, 5e-6))):
+        found = [srpo.Config(model=model, method=method).rate for method in ("grpo", "sdpo", "srpo")]
+        assert found == pytest.approx(rates)
 
 
 def test_the_command_line(refused, tmp_path):

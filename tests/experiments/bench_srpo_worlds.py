@@ -1,6 +1,6 @@
 """By hand: two more worlds for srpo.py, each with gates and four methods, on srpo.py's own loop.
 
-    python tests/experiments/bench_srpo_worlds.py codes|slips [--seeds 3]        some 80 to 160 s a cell
+    python tests/experiments/bench_srpo_worlds.py codes|slips        three seeds; some 80 to 160 s a cell
 
 codes: success is rare, and a failed rollout is partly right. A problem holds three of 40 code words, each of
 which stands for a shift from 1 to 6 of its digit; the base believes a wrong shift for half of the words.
