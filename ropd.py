@@ -46,7 +46,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Callable, ClassVar, NamedTuple
+from typing import Callable, ClassVar, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -77,6 +77,7 @@ def auc(rewards: list, correct: list) -> float | None:
 
 # ------------------------------------------------------------------------------------------------ the methods
 class Method(NamedTuple):
+    """What --method may change. A new method is one more row of METHODS."""
     teacher: bool = True   # a teacher's answers are read; without: the answer key is the reward, an oracle
     judge: bool = True     # a judge gives the reward; without: cross-entropy on the teacher's answers
     rubric: bool = True    # it marks by a rubric; without: one mark from 0 to 10
@@ -97,7 +98,10 @@ METHODS = {
 @dataclass
 class Config(common.Config):
     tiny_tokens: ClassVar[int] = 48
-    method: str = option("ropd", "a row of METHODS, see there", choices=METHODS)
+    method: str = option(
+        "ropd", "equal_points: every criterion counts the same; uniform_rubric: and the rubricator sees no "
+                "student; judge: a score, no rubric; sft: on teacher answers; grpo: exact match, an oracle",
+        choices=METHODS)
     teacher: str = option("symbolic", "'symbolic' (rules), a Hugging Face id or folder, or a server's URL")
     judge: str = option("symbolic", "rubricator and verifier: 'symbolic', a Hugging Face id, folder, or URL")
     teacher_model: str = option("", "the model's name on the teacher's server")
@@ -123,12 +127,12 @@ class Answer:
 class Group:
     """One question; `train` fills it in, from top to bottom."""
     question: str
-    teachers: list[Answer]     # the teacher's different answers
-    students: list[Answer]     # n rollouts
-    rubric: dict | None = None  # K criteria, sentence -> points, 1 to 5
-    pool: list[Answer] = ()    # the same answers in the order in which the verifier sees them
-    wrong_totals: int = 0      # how often the verifier added up its points wrongly
-    left_out: str = ""         # which reply is missing: teacher, rubric or verdict; "" = none
+    teachers: list[Answer]       # the teacher's different answers
+    students: list[Answer]       # n rollouts
+    rubric: dict | None = None   # K criteria: sentence -> points, 1 to 5
+    pool: Sequence[Answer] = ()  # the same answers in the order in which the verifier sees them
+    wrong_totals: int = 0        # how often the verifier added up its points wrongly
+    left_out: str = ""           # which reply is missing: teacher, rubric or verdict; "" = none
 
 
 def visible(text: str, limit: int = 6000) -> str:
@@ -600,7 +604,7 @@ def remembered(chat: Callable, path: Path, key) -> Callable:
 
 
 def question_text(task: Task) -> str:
-    return "\n\n".join(message["content"] for message in task.messages)
+    return "\n\n".join(m["content"] for m in task.messages)
 
 
 def teacher_answers(teacher: Callable, tasks: list[Task], m: int) -> list[list[str]]:

@@ -51,8 +51,9 @@ def test_rubrics():
         assert list(ropd.parse_rubric(reply).values()) == [1 + i % 5 for i in range(k)]
     reply["rubrics"][0] |= {"criterion": " two\n lines ", "id": "more fields do no harm"}
     assert list(ropd.parse_rubric(reply))[0] == "two lines"
-    for k, spoilt in ((3, {}), (13, {}), (4, {"criterion": "Says 0."}), (4, {"points": 0}), (4, {"points": 6}),
-                      (4, {"points": 2.5}), (4, {"points": True}), (4, {"points": "3"}), (4, {"criterion": "  "})):
+    for k, spoilt in ((3, {}), (13, {}), (4, {"points": 0}), (4, {"points": 6}), (4, {"points": 2.5}),
+                      (4, {"points": True}), (4, {"points": "3"}), (4, {"criterion": "  "}),
+                      (4, {"criterion": "Says 0."})):  # twice the same
         reply = json.loads(rubric_text(k))
         reply["rubrics"][1] |= spoilt
         with pytest.raises(ValueError):
@@ -357,6 +358,56 @@ def test_a_left_out_group_is_out_of_the_denominator(tiny):
     assert not torch.allclose(gradient(8, both.mask), alone, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["ropd", "equal_points", "grpo"])
+def test_one_step_worked_by_hand(method, tiny, tmp_path, monkeypatch):
+    """What reaches the update, against what the judge wrote: its replies are read here a second time."""
+    n, rules, rollout = 4, ropd.symbolic_judge, common.rollout
+    verdicts, rollouts, updates = {}, [], []  # verdicts: (question, text of an answer) -> reward
+
+    def judge(talks, **how):
+        replies = rules(talks)
+        if how["temperature"] == 0.7:
+            replies[1] = None  # the second group has no rubric
+            return replies
+        for talk, reply in zip(talks, replies):
+            blocks = ropd.unfence(talk[0]["content"])
+            points = [item["points"] for item in json.loads(blocks[1][1])]
+            assert (set(points) == {1}) is (method == "equal_points")
+            for (_, text), entry in zip(blocks[2:], json.loads(reply)["answers"], strict=True):
+                won = sum(p * yes for p, yes in zip(points, entry["judgement"], strict=True))
+                verdicts[blocks[0][1], text] = won / sum(points)
+        return replies
+
+    def noted_rollout(model, tok, tasks, group_size=1, **how):
+        out = rollout(model, tok, tasks, group_size, **how)
+        if group_size == n:
+            rollouts.append((tasks, copy.deepcopy(out)))
+        return out
+    monkeypatch.setattr(ropd, "symbolic_judge", judge)
+    monkeypatch.setattr(common, "rollout", noted_rollout)
+    monkeypatch.setattr(common, "update", lambda student, optimizer, trained, advantages, *rest:
+                        updates.append((trained, advantages)) or 0.0)
+    ropd.train(quick(tmp_path / "r", steps=1, group_size=n, temperature=1.5, method=method))
+    (tasks, out), (trained, advantages) = rollouts[0], updates[0]
+    assert trained.ids.equal(out.ids) and advantages.shape[1] == 1
+    all_rewards = []
+    for g, task in enumerate(tasks):
+        rows = slice(g * n, g * n + n)
+        if method != "grpo" and g == 1:
+            assert not trained.mask[rows].any()
+            continue
+        question = task.messages[0]["content"]
+        found = [float(end and common.is_correct(text, task.answer)) if method == "grpo"
+                 else verdicts[question, ropd.visible(text)]
+                 for text, end in zip(out.texts[rows], out.finished[rows].tolist())]
+        all_rewards += found
+        assert trained.mask[rows].equal(out.mask[rows])
+        assert advantages[rows, 0].tolist() == pytest.approx([r - sum(found) / n for r in found], abs=1e-6)
+    assert len(set(all_rewards)) > (1 if method == "grpo" else 3)
+    (step,) = steps_of(tmp_path / "r")
+    assert step["reward"] == pytest.approx(sum(all_rewards) / len(all_rewards))
+
+
 def test_the_answer_key_never_reaches_a_judge(tiny, tmp_path, monkeypatch):
     seen, rewards, load = [], [], common.load_tasks
 
@@ -383,6 +434,31 @@ def test_sft_trains_on_the_prompt_that_thinking_asks_for(tiny, monkeypatch):
         ropd.sft_update(student, tok, optimizer, [task], [[RIGHT]], quick("unused", thinking=thinking), 0)
     without, opened = (tok.decode(ids[0]) for ids in seen)
     assert "<think>" not in without and "assistant\n<think>" + RIGHT in opened
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_sft_is_cross_entropy_on_the_answers(micro_batch, tiny, monkeypatch):
+    (student, tok), rng, gradients = copy.deepcopy(tiny), random.Random(0), []
+
+    def gradient(model, *rest):
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+        return 0.0
+    monkeypatch.setattr(common, "apply_gradients", gradient)
+    tasks, answers = [ropd.small_chain(rng), ropd.small_chain(rng)], [[RIGHT, "A1-4=4"], ["\\boxed{3}"]]
+    ropd.sft_update(student, tok, None, tasks, answers, quick("unused", micro_batch=micro_batch), 0)
+    loss, tokens = 0.0, 0
+    for task, texts in zip(tasks, answers):
+        for text in texts:
+            prompt = common.prompt_ids(tok, task.messages)
+            answer = [*common.encode(tok, text), common.end_of_turn(tok)]
+            logps = student(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            loss -= sum(logps[len(prompt) + i - 1, token] for i, token in enumerate(answer))
+            tokens += len(answer)
+    (loss / tokens).backward()
+    gradient(student)
+    assert torch.allclose(*gradients, atol=1e-5) and gradients[0].norm() > 0.1
+    assert ropd.sft_update(student, tok, None, tasks, [[], []], quick("unused"), 0) == 0.0  # no answer came
 
 
 def test_training_with_a_server_as_teacher_and_judge(tiny, tmp_path):
@@ -448,6 +524,20 @@ def test_compare_and_explain(tiny, tmp_path, capsys):
         assert f"| {name} " in shown
     ropd.main(["--explain", *flags])
     assert "advantage of a rollout" in capsys.readouterr().out
+
+
+def test_a_new_method_is_one_row(monkeypatch, refused):
+    monkeypatch.setitem(ropd.METHODS, "no_contrast", ropd.Method(contrast=False))
+    assert common.parse(ropd.Config, ["--method", "no_contrast"]).method == "no_contrast"
+    assert "no_contrast" in refused(common.parse, ropd.Config, ["--method", "no_such"])
+    compared = []
+    start = {"ropd": [{"accuracy_before": 0.0, "greedy_before": 0.0, "se": 0.0}]}
+    monkeypatch.setattr(common, "compared", lambda *args: compared.append(args[2]) or start)
+    ropd.main(["--compare"])
+    assert compared[0]["no_contrast"] == {"method": "no_contrast"}
+    judge = Scripted()
+    (group,), _ = score(judge, [WRONG] * 4 + [RIGHT], method=ropd.METHODS["no_contrast"])
+    assert max(group.rubric.values()) == 5 and "student answer 1" not in labels(judge.rubrics[0])
 
 
 @pytest.mark.parametrize("flags, words", [
