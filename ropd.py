@@ -420,16 +420,13 @@ ONE_BOX = "The answer ends with exactly one boxed value."
 BANK = {}  # sentence with <slots> -> does the answer `a` meet it?
 BANK[IN_ORDER] = (
     lambda a, operations: " ".join(f"{c.sign}{c.right}" for c in a.calculations) == operations)
-BANK[ONE_BOX] = (
-    lambda a: len(a.boxed) == 1 and a.text.endswith("}"))
-BANK["Every calculation with <sign> is true modulo <modulus>."] = (
-    all_true)
+BANK[ONE_BOX] = lambda a: len(a.boxed) == 1 and a.text.endswith("}")
+BANK["Every calculation with <sign> is true modulo <modulus>."] = all_true
 BANK["The boxed value is the result of the last calculation."] = (
     lambda a: bool(a.boxed and a.calculations) and a.boxed[-1] == a.calculations[-1].result)
 BANK["Each calculation starts from the result of the one before."] = (
     lambda a: all(c.result == d.left for c, d in zip(a.calculations, a.calculations[1:])))
-BANK["The answer holds nothing but calculations and a boxed value."] = (
-    lambda a: not a.rest)
+BANK["The answer holds nothing but calculations and a boxed value."] = lambda a: not a.rest
 
 
 @cache
@@ -451,7 +448,7 @@ def fill(sentence: str, question: str) -> list[str]:
     _, modulus, operations = common.parse_chain(question)
     in_order = " ".join(f"{sign}{operand}" for _, sign, operand in operations)
     sentence = sentence.replace("<modulus>", str(modulus)).replace("<operations>", in_order)
-    return sorted({sentence.replace("<sign>", sign) for _, sign, _ in operations})  # without that slot: one
+    return sorted({sentence.replace("<sign>", sign) for _, sign, _ in operations})  # a set: each sign once
 
 
 def points_for(rank: int, gap: float) -> int:
@@ -685,7 +682,7 @@ def train(config: Config) -> dict:
         common.rescore(student, rollouts, config)
         correct = common.rewards(rollouts, tasks).cpu()  # (B,) for the log; only --method grpo learns from it
 
-        reward = correct.double()                                                                   # (B,)
+        reward = correct.double()  # (B,) of grpo; a judge's replaces it
         kept = torch.ones(len(reward), dtype=torch.bool)                                            # (B,)
         groups = []
         tally = Counter()
@@ -757,13 +754,18 @@ def log_step(run, step: int, started: float, figures: dict, groups: list[Group],
 # -------------------------------------------------------------------------------------- looking and comparing
 def show_group(group: Group, correct: list, rows: int = 1) -> None:
     """A group for people: its first answers with their rewards, and who meets which criterion."""
-    print(f"      {group.question}" + f"  (left out: no {group.left_out})" * bool(group.left_out))
-    if group.left_out:
-        return
-    sides = ["teacher"] * len(group.teachers[:rows]) + ["right" if c else "wrong" for c in correct[:rows]]
-    answers = group.teachers[:rows] + group.students[:rows]
-    for who, answer, reward in zip(sides, answers, rewards_of(group, answers)):
+    def show(who, answer):
+        reward = rewards_of(group, [answer])[0]
         print(f"      {who:<8}{reward:.2f}  {' '.join(answer.text.split())[:300]}")
+
+    print(f"      {group.question}")
+    if group.left_out:
+        print(f"      left out: no {group.left_out}")
+        return
+    for answer in group.teachers[:rows]:
+        show("teacher", answer)
+    for answer, right in zip(group.students[:rows], correct):
+        show("right" if right else "wrong", answer)
     if group.rubric is None:
         return
     for k, (criterion, points) in enumerate(group.rubric.items()):

@@ -362,7 +362,7 @@ def test_a_left_out_group_is_out_of_the_denominator(tiny):
 def test_one_step_worked_by_hand(method, tiny, tmp_path, monkeypatch):
     """What reaches the update, against what the judge wrote: its replies are read here a second time."""
     n, rules, rollout = 4, ropd.symbolic_judge, common.rollout
-    verdicts, rollouts, updates = {}, [], []  # verdicts: (question, text of an answer) -> reward
+    verdicts, rollouts, updates = {}, [], []  # verdicts: question -> text of an answer -> reward
 
     def judge(talks, **how):
         replies = rules(talks)
@@ -375,7 +375,7 @@ def test_one_step_worked_by_hand(method, tiny, tmp_path, monkeypatch):
             assert (set(points) == {1}) is (method == "equal_points")
             for (_, text), entry in zip(blocks[2:], json.loads(reply)["answers"], strict=True):
                 won = sum(p * yes for p, yes in zip(points, entry["judgement"], strict=True))
-                verdicts[blocks[0][1], text] = won / sum(points)
+                verdicts.setdefault(blocks[0][1], {})[text] = won / sum(points)
         return replies
 
     def noted_rollout(model, tok, tasks, group_size=1, **how):
@@ -390,7 +390,7 @@ def test_one_step_worked_by_hand(method, tiny, tmp_path, monkeypatch):
     ropd.train(quick(tmp_path / "r", steps=1, group_size=n, temperature=1.5, method=method))
     (tasks, out), (trained, advantages) = rollouts[0], updates[0]
     assert trained.ids.equal(out.ids) and advantages.shape[1] == 1
-    all_rewards = []
+    all_rewards, teacher_rewards = [], []
     for g, task in enumerate(tasks):
         rows = slice(g * n, g * n + n)
         if method != "grpo" and g == 1:
@@ -398,14 +398,20 @@ def test_one_step_worked_by_hand(method, tiny, tmp_path, monkeypatch):
             continue
         question = task.messages[0]["content"]
         found = [float(end and common.is_correct(text, task.answer)) if method == "grpo"
-                 else verdicts[question, ropd.visible(text)]
+                 else verdicts[question][text]
                  for text, end in zip(out.texts[rows], out.finished[rows].tolist())]
         all_rewards += found
         assert trained.mask[rows].equal(out.mask[rows])
+        if method != "grpo":
+            teachers = set(ropd.symbolic_teacher([task.messages] * 4))
+            assert set(verdicts[question]) == teachers | set(out.texts[rows])
+            teacher_rewards += [verdicts[question][text] for text in teachers]
         assert advantages[rows, 0].tolist() == pytest.approx([r - sum(found) / n for r in found], abs=1e-6)
     assert len(set(all_rewards)) > (1 if method == "grpo" else 3)
     (step,) = steps_of(tmp_path / "r")
     assert step["reward"] == pytest.approx(sum(all_rewards) / len(all_rewards))
+    assert teacher_rewards == [] or step["teacher_reward"] == pytest.approx(
+        sum(teacher_rewards) / len(teacher_rewards))
 
 
 def test_the_answer_key_never_reaches_a_judge(tiny, tmp_path, monkeypatch):

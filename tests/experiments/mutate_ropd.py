@@ -2,8 +2,8 @@
 
     python tests/experiments/mutate_ropd.py [WORD ...]          only the mutations with a WORD in their name
 
-Each mutation is a replacement of text in a copy of the sources, and the quick tests of ropd.py run on it. Prints
-which of them fail. Exit code 1 if a mutation goes unnoticed, an error if its text is not found exactly once.
+Each mutation is a replacement of text in a copy of the sources, and the quick tests of ropd.py run on it.
+Prints which of them fails first. Exit code 1 if a mutation goes unnoticed, an error if its text is not found exactly once.
 """
 import os
 import re
@@ -86,8 +86,8 @@ def run(old: str, new: str, cache: str) -> subprocess.CompletedProcess:
         shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=not_needed)
         file = Path(folder, "ropd.py")
         file.write_text(mutated(file.read_text(), old, new))
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", QUICK,
-                   "tests/test_ropd.py"]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider",
+                   "-k", QUICK, "tests/test_ropd.py"]
         env = {**os.environ, "TEST_CACHE": cache}
         return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
