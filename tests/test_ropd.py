@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 
 import common
 import ropd
+import ropd_ablations
 from conftest import Server, steps_of, timeless
-from ropd import Rubric
 
 QUESTION = "Start with 1, work modulo 7: A-4, B+2. Put the last value in \\boxed{}."
 RIGHT, WRONG = "A1-4=4, B4+2=6. \\boxed{6}", "A1-4=3, B3+2=5. \\boxed{5}"
@@ -47,21 +48,28 @@ def verdict_text(verdicts, points, total=0) -> str:
 def test_rubrics():
     for k in (4, 12):
         reply = json.loads(rubric_text(k))
-        assert ropd.parse_rubric(reply).points == tuple(1 + i % 5 for i in range(k))
+        assert list(ropd.parse_rubric(reply).values()) == [1 + i % 5 for i in range(k)]
     reply["rubrics"][0] |= {"criterion": " two\n lines ", "id": "more fields do no harm"}
-    assert ropd.parse_rubric(reply).criteria[0] == "two lines"
+    assert list(ropd.parse_rubric(reply))[0] == "two lines"
     for k, spoilt in ((3, {}), (13, {}), (4, {"points": 0}), (4, {"points": 6}), (4, {"points": 2.5}),
-                      (4, {"points": True}), (4, {"points": "3"}), (4, {"criterion": "  "})):
+                      (4, {"points": True}), (4, {"points": "3"}), (4, {"criterion": "  "}),
+                      (4, {"criterion": "Says 0."})):  # twice the same
         reply = json.loads(rubric_text(k))
         reply["rubrics"][1] |= spoilt
         with pytest.raises(ValueError):
+            ropd.parse_rubric(reply)
+    for spoilt in ({"criterion": 5}, {"criterion": ["x"]}, {"criterion": None}, {"criterion": "\ud800"}):
+        reply = json.loads(rubric_text(4))
+        reply["rubrics"][1] |= spoilt
+        with pytest.raises((ValueError, TypeError, AttributeError)):  # `common.ask` asks again on each
             ropd.parse_rubric(reply)
 
 
 def test_points_are_added_up_by_us():
     for total, wrong in ((7, 0), (12, 1), (50, 1), (math.nan, 1), (None, 1)):
         reply = json.loads(verdict_text([[True, False, True, False]], [5, 4, 2, 1], total))
-        verdicts, mismatches = ropd.parse_verdicts(reply, 1, [5, 4, 2, 1])
+        rubric = dict(zip("abcd", [5, 4, 2, 1]))
+        verdicts, mismatches = ropd.parse_verdicts(reply, 1, rubric)
         assert ropd.rubric_reward([5, 4, 2, 1], verdicts[0]) == 7 / 12 and mismatches == wrong
 
 
@@ -72,7 +80,7 @@ def test_invalid_verdicts(count, change):
     reply = json.loads(verdict_text([[True] * 4] * count, [1] * 4))
     reply["answers"][-1] |= change
     with pytest.raises(ValueError):
-        ropd.parse_verdicts(reply, 2, [1] * 4)
+        ropd.parse_verdicts(reply, 2, dict.fromkeys("abcd", 1))
 
 
 def test_scores():
@@ -91,19 +99,18 @@ def labels(prompt: str) -> list[str]:
 
 def test_pool_is_blind_and_comes_back():
     teachers, students = [f"t{i}" for i in range(4)], [f"s{i}" for i in range(8)]
-    pool = ropd.blind_pool("q", teachers, students)
-    assert sorted(pool) == sorted([("teacher", i, t) for i, t in enumerate(teachers)]
-                                  + [("student", i, s) for i, s in enumerate(students)])
-    assert pool == ropd.blind_pool("q", teachers, students) != ropd.blind_pool("another", teachers, students)
-    rubric = Rubric(("one",) * 4, (1,) * 4)
+    group, same, another = (ropd.new_group(q, teachers, students) for q in ("q", "q", "another"))
+    pool = group.pool = ropd.blind_pool(group)
+    assert sorted(map(id, pool)) == sorted(map(id, group.teachers + group.students))
+    assert pool == ropd.blind_pool(same) != ropd.blind_pool(another)
+    assert pool not in (group.teachers + group.students, group.students + group.teachers)
+    rubric = dict.fromkeys("abcd", 1)
     for given in (rubric, None):
-        prompt = ropd.verifier_prompt("q", given, pool)[0]["content"]
+        group.rubric = given
+        prompt = ropd.verifier_prompt(group)[0]["content"]
         assert not re.search("teacher|student|reference", prompt, re.IGNORECASE)
         answers = [f"answer {i}" for i in range(1, 13)]
         assert labels(prompt) == ["question", *(["rubric"] if given else []), *answers]
-    labelled = ropd.blind_pool("q", teachers, students, False)
-    told = ropd.verifier_prompt("q", rubric, labelled, False)[0]["content"]
-    assert "student answer 5" in told and "teacher answer 4" in told
 
 
 def test_answers_cannot_leave_their_fence():
@@ -142,11 +149,21 @@ class Scripted:
         return ropd.symbolic_judge([conversation])[0] if reply == "by rule" else reply
 
 
-def score(judge, students=(RIGHT, WRONG), teachers=(RIGHT,), groups=1, method="ropd"):
+def score(judge, students=(RIGHT, WRONG), teachers=(RIGHT,), groups=1, method=ropd.METHODS["ropd"]):
     """-> the groups and the number of calls"""
-    found, tally = ropd.score_rollouts(ropd.Config(method=method), judge, [QUESTION] * groups,
-                                       [list(teachers)] * groups, [list(students)] * groups)
+    found = [ropd.new_group(QUESTION, list(teachers), list(students)) for _ in range(groups)]
+    tally = Counter()
+    ropd.ask_rubrics(found, judge, method, tally)
+    ropd.ask_verdicts(found, judge, tally)
     return found, tally["calls"]
+
+
+def rewards(group) -> list[float]:
+    return ropd.rewards_of(group, group.students)
+
+
+def texts(answers) -> list[str]:
+    return [answer.text for answer in answers]
 
 
 def test_one_rubric_and_one_verdict_call_a_question_and_equal_teacher_answers_count_once():
@@ -154,9 +171,9 @@ def test_one_rubric_and_one_verdict_call_a_question_and_equal_teacher_answers_co
     (group,), calls = score(judge, [RIGHT] * 4 + [WRONG] * 4, teachers=[RIGHT] * 4)
     assert calls == 2 and labels(judge.rubrics[0]) == [
         "question", "reference answer 1", *(f"student answer {i}" for i in range(1, 9))]
-    assert len(labels(judge.verdicts[0])) == 2 + 9 and group.teachers == [RIGHT]
-    assert group.rewards[:4] == [1.0] * 4 and len(set(group.rewards[4:])) == 1 and 0 < group.rewards[4] < 1
-    assert group.teacher_rewards == [1.0] and not group.left_out and len(group.verdicts) == 8
+    assert len(labels(judge.verdicts[0])) == 2 + 9 and texts(group.teachers) == [RIGHT]
+    assert rewards(group)[:4] == [1.0] * 4 and len(set(rewards(group)[4:])) == 1 and 0 < rewards(group)[4] < 1
+    assert ropd.rewards_of(group, group.teachers) == [1.0] and not group.left_out and len(rewards(group)) == 8
 
 
 def test_three_tries_then_the_group_is_left_out():
@@ -165,34 +182,48 @@ def test_three_tries_then_the_group_is_left_out():
                                        (Scripted(verdicts=["{"] * 3), [RIGHT], 4, "verdict"),
                                        (Scripted(), [], 0, "teacher")):
         (group,), calls = score(judge, teachers=teachers)
-        assert [calls, group.left_out] == expected and bool(group.rewards) is not bool(group.left_out)
+        assert [calls, group.left_out] == expected and bool(rewards(group)) is not bool(group.left_out)
     groups, calls = score(Scripted(rubrics=["by rule", None, "by rule"]), groups=3)  # the others stay whole
     assert [g.left_out for g in groups] == ["", "rubric", ""] and calls == 5
-    assert groups[0].rewards == groups[2].rewards and groups[0].rewards[0] == 1
+    assert rewards(groups[0]) == rewards(groups[2]) and rewards(groups[0])[0] == 1
 
 
 def test_rewards_come_back_in_the_order_of_the_rollouts():
     rng = random.Random(0)
-    texts = [RIGHT, WRONG, "A1-4=4. \\boxed{4}", "", "nothing at all", RIGHT + " ", "B1+2=3. \\boxed{1}"]
+    some = [RIGHT, WRONG, "A1-4=4. \\boxed{4}", "", "nothing at all", RIGHT + " ", "B1+2=3. \\boxed{1}"]
     for _ in range(20):
-        students = rng.sample(texts, 7)
+        students = rng.sample(some, 7)
         (group,), _ = score(Scripted(), students, teachers=[RIGHT, WRONG])
         answers = [ropd.Reading(text) for text in (*students, RIGHT, WRONG)]
-        verdicts = [[ropd.meets(a, c) for c in group.rubric.criteria] for a in answers]
-        assert [*group.verdicts, *group.teacher_verdicts] == verdicts
-        assert [*group.rewards, *group.teacher_rewards] == [
-            ropd.rubric_reward(group.rubric.points, v) for v in verdicts]
+        verdicts = [[ropd.meets(a, c) for c in group.rubric] for a in answers]
+        judged = group.students + group.teachers
+        assert [answer.verdict for answer in judged] == verdicts
+        points = group.rubric.values()
+        assert ropd.rewards_of(group, judged) == [ropd.rubric_reward(points, verdict) for verdict in verdicts]
 
 
 def test_every_method_scores():
-    rewards = {}
-    for method in ("ropd", "equal_points", "uniform_rubric", "not_blind", "judge", "per_student_rubric"):
-        (group,), calls = score(Scripted(), method=method)
-        assert calls == {"judge": 1, "per_student_rubric": 4}.get(method, 2)
-        rewards[method] = group.rewards
-        assert group.rewards[0] == 1 and group.rewards[1] < 1
-    assert rewards["ropd"] == rewards["not_blind"]  # rules read no labels
-    (group,), _ = score(Scripted(rubrics=["by rule", None]), method="per_student_rubric")
+    for name in ("ropd", "equal_points", "uniform_rubric", "judge"):
+        (group,), calls = score(Scripted(), method=ropd.METHODS[name])
+        assert calls == {"judge": 1}.get(name, 2)
+        assert rewards(group)[0] == 1 and rewards(group)[1] < 1
+
+
+def test_ablations(monkeypatch):
+    for name, patch in ropd_ablations.PATCHES.items():
+        monkeypatch.setattr(ropd, name, patch)
+    found = {}
+    for name, method in {"ropd": ropd.METHODS["ropd"], **ropd_ablations.ABLATIONS}.items():
+        judge = Scripted()
+        (group,), calls = score(judge, method=method)
+        assert calls == {"per_student_rubric": 4}.get(name, 2)
+        found[name] = rewards(group)
+        assert found[name][0] == 1 and found[name][1] < 1
+        told = {"teacher answer 1", "student answer 3"} <= set(labels(judge.verdicts[0]))
+        assert told is (name == "not_blind")
+    assert found["ropd"] == found["not_blind"]  # rules read no labels
+    method = ropd_ablations.ABLATIONS["per_student_rubric"]
+    (group,), _ = score(Scripted(rubrics=["by rule", None]), method=method)
     assert group.left_out == "rubric" and len(group.students) == 2  # one lost rollout loses the group
 
 
@@ -202,10 +233,10 @@ def test_selection_and_points_are_parted():
     for method, points, reward in (("ropd", (5, 1, 1, 1), 3 / 8), ("equal_points", (1,) * 4, 3 / 4),
                                    ("uniform_rubric", (1,) * 7, 6 / 7)):
         judge = Scripted()
-        (group,), _ = score(judge, [WRONG] * 4 + [RIGHT], method=method)
-        assert group.rubric.points == points and group.rewards[0] == reward
+        (group,), _ = score(judge, [WRONG] * 4 + [RIGHT], method=ropd.METHODS[method])
+        assert tuple(group.rubric.values()) == points and rewards(group)[0] == reward
         assert ("student answer 1" in labels(judge.rubrics[0])) is (method != "uniform_rubric")
-        rubrics.append(group.rubric.criteria)
+        rubrics.append(list(group.rubric))
     assert rubrics[0] == rubrics[1] and set(rubrics[0]) < set(rubrics[2])
 
 
@@ -232,15 +263,16 @@ def test_the_premise_of_the_tiny_world():
     assert answers == ropd.symbolic_teacher(four)
     right = [common.is_correct(a, tasks[i // 4].answer) for i, a in enumerate(answers)]
     assert 0.8 < sum(right) / len(right) < 0.95
-    steps = [s for t in tasks for s in ropd.Reading(ropd.mistaken_solution(rng, t)).steps if s[1] == "-"]
-    assert 0.8 < sum((b - a) % 7 == c for a, _, b, c in steps) / len(steps) < 0.95
+    solutions = [ropd.Reading(ropd.mistaken_solution(rng, task)) for task in tasks]
+    minus = [c for solution in solutions for c in solution.calculations if c.sign == "-"]
+    assert 0.8 < sum((c.right - c.left) % 7 == c.result for c in minus) / len(minus) < 0.95
     for i, task in enumerate(tasks):
         question, some = task.messages[0]["content"], [ropd.mistaken_solution(rng, task) for _ in range(8)]
         sides = [list(map(ropd.Reading, side)) for side in (answers[4 * i:4 * i + 4], some)]
         rubric = ropd.parse_rubric(ropd.write_rubric(question, *sides))
         alone = ropd.parse_rubric(ropd.write_rubric(question, sides[0], []))
-        assert sum(p >= 4 for p in rubric.points) <= 2 and set(alone.criteria) - set(rubric.criteria)
-        first += ["calculation with -" in rubric.criteria[0]] if "-" in question else []
+        assert sum(p >= 4 for p in rubric.values()) <= 2 and set(alone) - set(rubric)
+        first += ["calculation with -" in list(rubric)[0]] if "-" in question else []
     assert 0.8 < sum(first) / len(first)
 
 
@@ -271,7 +303,6 @@ def test_training_improves_on_its_own_start(tiny, tmp_path, capsys):
     assert all(r["judge calls"] == 24 and r["left out"] == "0/12" for r in steps_of(tmp_path / "r"))
     shown = capsys.readouterr().out
     assert "rules, where ROPD has a language model" in shown and "Every calculation with - is true" in shown
-    assert "gates  student right" in shown
 
 
 def test_stopped_and_resumed_is_the_same(tiny, tmp_path):
@@ -327,6 +358,62 @@ def test_a_left_out_group_is_out_of_the_denominator(tiny):
     assert not torch.allclose(gradient(8, both.mask), alone, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["ropd", "equal_points", "grpo"])
+def test_one_step_worked_by_hand(method, tiny, tmp_path, monkeypatch):
+    """What reaches the update, against what the judge wrote: its replies are read here a second time."""
+    n, rules, rollout = 4, ropd.symbolic_judge, common.rollout
+    verdicts, rollouts, updates = {}, [], []  # verdicts: question -> text of an answer -> reward
+
+    def judge(talks, **how):
+        replies = rules(talks)
+        if how["temperature"] == 0.7:
+            replies[1] = None  # the second group has no rubric
+            return replies
+        for talk, reply in zip(talks, replies):
+            blocks = ropd.unfence(talk[0]["content"])
+            points = [item["points"] for item in json.loads(blocks[1][1])]
+            assert (set(points) == {1}) is (method == "equal_points")
+            for (_, text), entry in zip(blocks[2:], json.loads(reply)["answers"], strict=True):
+                won = sum(p * yes for p, yes in zip(points, entry["judgement"], strict=True))
+                verdicts.setdefault(blocks[0][1], {})[text] = won / sum(points)
+        return replies
+
+    def noted_rollout(model, tok, tasks, group_size=1, **how):
+        out = rollout(model, tok, tasks, group_size, **how)
+        if group_size == n:
+            rollouts.append((tasks, copy.deepcopy(out)))
+        return out
+    monkeypatch.setattr(ropd, "symbolic_judge", judge)
+    monkeypatch.setattr(common, "rollout", noted_rollout)
+    monkeypatch.setattr(common, "update", lambda student, optimizer, trained, advantages, *rest:
+                        updates.append((trained, advantages)) or 0.0)
+    ropd.train(quick(tmp_path / "r", steps=1, group_size=n, temperature=1.5, method=method))
+    (tasks, out), (trained, advantages) = rollouts[0], updates[0]
+    assert trained.ids.equal(out.ids) and advantages.shape[1] == 1
+    all_rewards, teacher_rewards = [], []
+    for g, task in enumerate(tasks):
+        rows = slice(g * n, g * n + n)
+        if method != "grpo" and g == 1:
+            assert not trained.mask[rows].any()
+            continue
+        question = task.messages[0]["content"]
+        found = [float(end and common.is_correct(text, task.answer)) if method == "grpo"
+                 else verdicts[question][text]
+                 for text, end in zip(out.texts[rows], out.finished[rows].tolist())]
+        all_rewards += found
+        assert trained.mask[rows].equal(out.mask[rows])
+        if method != "grpo":
+            teachers = set(ropd.symbolic_teacher([task.messages] * 4))
+            assert set(verdicts[question]) == teachers | set(out.texts[rows])
+            teacher_rewards += [verdicts[question][text] for text in teachers]
+        assert advantages[rows, 0].tolist() == pytest.approx([r - sum(found) / n for r in found], abs=1e-6)
+    assert len(set(all_rewards)) > (1 if method == "grpo" else 3)
+    (step,) = steps_of(tmp_path / "r")
+    assert step["reward"] == pytest.approx(sum(all_rewards) / len(all_rewards))
+    assert teacher_rewards == [] or step["teacher_reward"] == pytest.approx(
+        sum(teacher_rewards) / len(teacher_rewards))
+
+
 def test_the_answer_key_never_reaches_a_judge(tiny, tmp_path, monkeypatch):
     seen, rewards, load = [], [], common.load_tasks
 
@@ -353,6 +440,31 @@ def test_sft_trains_on_the_prompt_that_thinking_asks_for(tiny, monkeypatch):
         ropd.sft_update(student, tok, optimizer, [task], [[RIGHT]], quick("unused", thinking=thinking), 0)
     without, opened = (tok.decode(ids[0]) for ids in seen)
     assert "<think>" not in without and "assistant\n<think>" + RIGHT in opened
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_sft_is_cross_entropy_on_the_answers(micro_batch, tiny, monkeypatch):
+    (student, tok), rng, gradients = copy.deepcopy(tiny), random.Random(0), []
+
+    def gradient(model, *rest):
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+        return 0.0
+    monkeypatch.setattr(common, "apply_gradients", gradient)
+    tasks, answers = [ropd.small_chain(rng), ropd.small_chain(rng)], [[RIGHT, "A1-4=4"], ["\\boxed{3}"]]
+    ropd.sft_update(student, tok, None, tasks, answers, quick("unused", micro_batch=micro_batch), 0)
+    loss, tokens = 0.0, 0
+    for task, texts in zip(tasks, answers):
+        for text in texts:
+            prompt = common.prompt_ids(tok, task.messages)
+            answer = [*common.encode(tok, text), common.end_of_turn(tok)]
+            logps = student(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            loss -= sum(logps[len(prompt) + i - 1, token] for i, token in enumerate(answer))
+            tokens += len(answer)
+    (loss / tokens).backward()
+    gradient(student)
+    assert torch.allclose(*gradients, atol=1e-5) and gradients[0].norm() > 0.1
+    assert ropd.sft_update(student, tok, None, tasks, [[], []], quick("unused"), 0) == 0.0  # no answer came
 
 
 def test_training_with_a_server_as_teacher_and_judge(tiny, tmp_path):
@@ -384,16 +496,54 @@ def test_a_dead_server_leaves_the_earlier_run_alone(tiny, tmp_path, refused, mon
     assert (tmp_path / "metrics.jsonl").read_text() == "precious"
 
 
+def test_remembered(tmp_path):
+    class Replies:
+        """A chat that plays replies from a list and keeps what it was asked."""
+        def __init__(self, *replies):
+            self.replies, self.asked = list(replies), []
+
+        def __call__(self, conversations, **sampling):
+            self.asked += conversations
+            return [self.replies.pop(0) for _ in conversations]
+
+    def talk(*questions):
+        return [[{"role": "user", "content": question}] for question in questions]
+    path, chat = tmp_path / "deep" / "memory.jsonl", Replies("a0", "a1", None, "b", "other", "hot")
+    remember = ropd.remembered(chat, path, {"model": "x"})
+    assert remember(talk("a", "a", "b")) == ["a0", "a1", None]
+    again = ropd.remembered(chat, path, {"model": "x"})
+    assert again(talk("b", "a", "a")) == ["b", "a0", "a1"] and len(chat.asked) == 4  # None was asked again
+    assert ropd.remembered(chat, path, {"model": "y"})(talk("a")) == ["other"]
+    assert again(talk("a"), temperature=0.8) == ["hot"] and again(talk("a")) == ["a0"]
+    first = path.read_text().splitlines()[0]
+    path.write_text(path.read_text() + first.replace("a0", "new") + "\n")  # replaces the earlier line
+    assert ropd.remembered(chat, path, {"model": "x"})(talk("a")) == ["new"]
+
+
 # ------------------------------------------------------------------------------------------- command line
 def test_compare_and_explain(tiny, tmp_path, capsys):
     flags = ["--eval_tasks", "4", "--max_new_tokens", "8", "--prompts_per_step", "2", "--group_size", "2"]
     ropd.main(["--compare", "--seeds", "1", "--steps", "1", "--out", str(tmp_path / "c"), *flags])
     shown = capsys.readouterr().out
-    for name in ("ropd", "ropd, m = 1", "equal_points", "uniform_rubric", "per_student_rubric", "judge",
-                 "sft", "grpo", "ropd --std", "uniform_rubric --std", "grpo --std"):
+    for name in ("ropd", "ropd, m = 1", "equal_points", "uniform_rubric", "judge", "sft",
+                 "grpo", "ropd --std", "uniform_rubric --std", "grpo --std"):
         assert f"| {name} " in shown
     ropd.main(["--explain", *flags])
     assert "advantage of a rollout" in capsys.readouterr().out
+
+
+def test_a_new_method_is_one_row(monkeypatch, refused):
+    monkeypatch.setitem(ropd.METHODS, "no_contrast", ropd.Method(contrast=False))
+    assert common.parse(ropd.Config, ["--method", "no_contrast"]).method == "no_contrast"
+    assert "no_contrast" in refused(common.parse, ropd.Config, ["--method", "no_such"])
+    compared = []
+    start = {"ropd": [{"accuracy_before": 0.0, "greedy_before": 0.0, "se": 0.0}]}
+    monkeypatch.setattr(common, "compared", lambda *args: compared.append(args[2]) or start)
+    ropd.main(["--compare"])
+    assert compared[0]["no_contrast"] == {"method": "no_contrast"}
+    judge = Scripted()
+    (group,), _ = score(judge, [WRONG] * 4 + [RIGHT], method=ropd.METHODS["no_contrast"])
+    assert max(group.rubric.values()) == 5 and "student answer 1" not in labels(judge.rubrics[0])
 
 
 @pytest.mark.parametrize("flags, words", [

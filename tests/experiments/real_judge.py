@@ -1,7 +1,7 @@
 """By hand: a chat model as ROPD's rubricator and verifier, beside the rules, on the same answers.
 
-    python tests/experiments/real_judge.py --judge DIR_OR_URL                               16 questions of the chain
-    python tests/experiments/real_judge.py --judge DIR_OR_URL --data FILE --model DIR       8 questions of a file
+    python tests/experiments/real_judge.py --judge DIR_OR_URL                           16 questions of the chain
+    python tests/experiments/real_judge.py --judge DIR_OR_URL --data FILE --model DIR   8 questions of a file
 
 The chain's answers come from ropd.py's tiny student, before any training, and from its rules as teacher. For
 a file, --model writes the rollouts, and the file's own solution stands in for a teacher's answer; no rule can
@@ -13,6 +13,7 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -55,9 +56,14 @@ def noted(judge, size, log: list):
 
 def measure(name: str, method: str, judge, size, tasks, teachers, students) -> list:
     """-> one row of the table."""
-    log, began = [], time.time()
-    groups, tally = ropd.score_groups(ropd.Config(method=method), noted(judge, size, log),
-                                      [ropd.question_text(task) for task in tasks], teachers, students)
+    log, began, tally = [], time.time(), Counter()
+    questions = map(ropd.question_text, tasks)
+    groups = list(map(ropd.new_group, questions, teachers, students))
+    judge = noted(judge, size, log)
+    ropd.ask_rubrics(groups, judge, ropd.METHODS[method], tally)
+    ropd.ask_verdicts(groups, judge, tally)
+    rewards = [ropd.rewards_of(group, group.students) for group in groups]
+    teacher_rewards = [ropd.rewards_of(group, group.teachers) for group in groups]
     seconds, row = time.time() - began, [name]
     for role in ("rubric", "verdict"):
         first = [entry for entry in log if entry[0] == role and not entry[2]]
@@ -65,20 +71,19 @@ def measure(name: str, method: str, judge, size, tasks, teachers, students) -> l
         bad += sum(entry[4] is None for entry in first)
         lost = sum(group.left_out == role for group in groups)
         row.append(f"{bad}, {lost} of {len(first)}" if first else "-")
-    kept = [(g, t) for g, t in zip(groups, tasks) if not g.left_out]
-    marks = [[common.is_correct(text, t.answer) for text in g.students] for g, t in kept]
-    inside = [x for (g, _), m in zip(kept, marks) if (x := ropd.auc(g.rewards, m)) is not None]
-    judged = sum(len(g.rewards) + len(g.teacher_rewards) for g, _ in kept)
-    row.append(f"{sum(g.wrong_totals for g, _ in kept)} of {judged}")
-    right, reward = sum(marks, []), [r for g, _ in kept for r in g.rewards]
+    kept = [i for i, group in enumerate(groups) if not group.left_out]
+    marks = [[common.is_correct(answer.text, tasks[i].answer) for answer in groups[i].students] for i in kept]
+    aucs = [ropd.auc(rewards[i], right) for i, right in zip(kept, marks)]
+    inside = [x for x in aucs if x is not None]
+    reward, teacher_reward, right = sum(rewards, []), sum(teacher_rewards, []), sum(marks, [])
+    row.append(f"{sum(group.wrong_totals for group in groups)} of {len(reward) + len(teacher_reward)}")
     row += ["-" if x is None else f"{x:.2f}" for x in (ropd.auc(reward, right), ropd.mean(inside))]
-    teacher = ropd.mean([r for g, _ in kept for r in g.teacher_rewards]) or 0
-    row.append(f"{teacher:.2f}, {ropd.mean(reward) or 0:.2f}")
+    row.append(f"{ropd.mean(teacher_reward) or 0:.2f}, {ropd.mean(reward) or 0:.2f}")
     for role in ("rubric", "verdict"):
         sizes = [entry[3:] for entry in log if entry[0] == role and entry[4] is not None]
         row.append(", ".join(f"{ropd.mean(column):.0f}" for column in zip(*sizes)) or "-")
-    for (g, _), m in list(zip(kept, marks))[:1]:
-        ropd.show_group(g, m, len(m))
+    if kept:
+        ropd.show_group(groups[kept[0]], marks[0], len(marks[0]))
     print(f"{name}: {dict(tally)}; {len(kept)} groups kept, {sum(right)} of {len(right)} rollouts right\n")
     return [*row, f"{seconds:.0f}"]
 
