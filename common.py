@@ -115,7 +115,8 @@ def parse(config_class, argv=None):
     parser = HfArgumentParser(config_class, allow_abbrev=False)
     parser.error = fail
     config = config_class(**vars(parser.parse_args(argv)))
-    counts = ("prompts_per_step", "group_size", "minibatches", "max_turns", "eval_tasks", "seeds")
+    counts = ("prompts_per_step", "group_size", "minibatches", "max_turns", "eval_tasks", "seeds",
+              "teacher_answers", "reply_tokens")
     for name, value in vars(config).items():
         least = 1 if name in counts else 0
         if type(value) in (int, float) and not least <= value < math.inf:
@@ -1294,11 +1295,12 @@ def seed_table(summaries: dict[str, list[dict]], columns: dict[str, str]) -> str
 
 def launch(config, script: str, train: Callable, **actions: Callable) -> None:
     """The action whose flag is given, else train. What may happen at any time ends in one sentence."""
-    chosen = [action for flag, action in actions.items() if getattr(config, flag)]
-    if len(chosen) > 1:
-        fail(f"give one of {', '.join('--' + flag for flag in actions)}")
+    given = [flag for flag in actions if getattr(config, flag)]
+    if len(given) > 1:
+        fail(f"--{' and --'.join(given)} contradict each other; give one of them")
+    action = actions[given[0]] if given else train
     try:
-        (chosen or [train])[0](config)
+        action(config)
     except torch.OutOfMemoryError:
         fail("out of GPU memory; lower --rows_at_once (rollouts, judges), --micro_batch (same gradient), "
              "--max_new_tokens, or a local judge's --reply_tokens")
@@ -1428,9 +1430,9 @@ def worked_solution(rng: random.Random, task: Task, wrong: float = 0.0) -> str:
     return ", ".join(parts) + f". \\boxed{{{value}}}"
 
 
-def demonstration(tok, task: Task, answer: str) -> tuple[list[int], list[int]]:
+def demonstration(tok, task: Task, answer: str, thinking: bool = False) -> tuple[list[int], list[int]]:
     """Task and one assistant turn -> (ids, mask), as a rollout would have produced them."""
-    prompt = prompt_ids(tok, task.messages)
+    prompt = prompt_ids(tok, task.messages, thinking=thinking)
     turn = [*encode(tok, answer), end_of_turn(tok)]
     return prompt + turn, [0] * len(prompt) + [1] * len(turn)
 

@@ -628,19 +628,18 @@ def sft_update(student, tok, optimizer, tasks, answers, config, step: int) -> fl
     sequences = []
     masks = []
     for task, texts in zip(tasks, answers):
-        prompt = common.prompt_ids(tok, task.messages, thinking=config.thinking)
         for text in texts:
-            turn = [*common.encode(tok, text), common.end_of_turn(tok)]
-            sequences.append(prompt + turn)
-            masks.append([0] * len(prompt) + [1] * len(turn))
+            ids, mask = common.demonstration(tok, task, text, config.thinking)
+            sequences.append(ids)
+            masks.append(mask)
     if not sequences:
         return 0.0
-    ids = common.padded(sequences, 0, device=student.device)                      # (D, T), right-padded
+    ids = common.padded(sequences, 0, device=student.device)                        # (D, T)
     mask = common.padded(masks, 0, device=student.device)                           # (D, T)
     student.train()
     for rows in torch.arange(len(ids)).split(config.micro_batch or len(ids)):
         # L = -sum_t log pi(y_t) / (tokens of all answers)
-        logps = common.token_logps(student, ids[rows], None, mask[rows])            # (d, T)
+        logps = common.token_logps(student, ids[rows], mask[rows])                  # (d, T)
         loss = -logps.sum() / mask.sum()
         loss.backward()
     student.eval()
@@ -803,10 +802,10 @@ def compare(config: Config) -> None:
         variants[f"{name} --std"] = {"method": name, "std": True}
     found = common.compared(train, config, variants, "ropd")
     start = found["ropd"][0]
-    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; mean ± "
-          f"standard deviation over {config.seeds} seeds; standard error of one about {start['se']:.3f}")
+    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_accuracy_before']:.3f} greedy; mean ± "
+          f"standard deviation over {config.seeds} seeds; standard error of one about {start['se_before']:.3f}")
     print(common.seed_table(found, {
-        "accuracy_after": "T = 1", "greedy_after": "greedy", "auc_first_steps": "AUC, first 5 steps",
+        "accuracy_after": "T = 1", "greedy_accuracy_after": "greedy", "auc_first_steps": "AUC, first 5 steps",
         "groups_left_out": "groups left out", "seconds_per_step": "seconds a step"}))
 
 

@@ -426,9 +426,9 @@ def compare(config: Config) -> None:
     variants = {method: {"method": method} for method in config.methods}
     runs = common.compared(train, config, variants, "sod")
     start = runs[config.methods[0]][0]
-    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_before']:.3f} greedy; "
-          f"standard error of one {start['se']:.3f}")
-    columns = {"accuracy_after": "T = 1", "accuracy_best": "best T = 1", "greedy_after": "greedy",
+    print(f"\nstart: {start['accuracy_before']:.3f} at T = 1, {start['greedy_accuracy_before']:.3f} greedy; "
+          f"standard error of one {start['se_before']:.3f}")
+    columns = {"accuracy_after": "T = 1", "accuracy_best": "best T = 1", "greedy_accuracy_after": "greedy",
                "seconds_per_step": "seconds a step"}
     print(common.seed_table(runs, columns))
 

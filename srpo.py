@@ -181,20 +181,21 @@ def teacher_pass(teacher, tok, tasks: list[Task], rollouts: Rollouts, demos, rou
     states = {}
     entropy = torch.zeros(rollouts.ids.shape, device=rollouts.ids.device)           # (B, T)
     for rows, columns in common.micro_batches(rollouts, routed, config.micro_batch):
-        prompts = []
+        sequences = []
+        masks = []
         for i in rows:
             sibling = solution_text(tok, rollouts, demos[i])
-            prompts.append(reprompt(tasks[i // config.group_size].messages, sibling))
-        # [prompt, left-padded | response, right-padded]. The response is the rollout's own ids, never encoded
-        # anew: the k-th token under the mask is the same for student and teacher.
-        prompt, real = common.prompt_batch(tok, prompts, teacher.device, thinking=config.thinking)  # (b, P)
-        response = slice(rollouts.prompt_length, columns.stop)
-        ids, attention_mask, mask = rollouts.part(rows, response)                   # (b, R) each
-        ids = torch.cat([prompt, ids], 1)                                           # (b, P + R)
-        attention_mask = torch.cat([real, attention_mask], 1)                       # (b, P + R)
-        mask = F.pad(mask, (prompt.shape[1], 0))                                    # (b, P + R)
+            messages = reprompt(tasks[i // config.group_size].messages, sibling)
+            prompt = common.prompt_ids(tok, messages, thinking=config.thinking)
+            # The response is the rollout's own ids, never encoded anew: the k-th token under the mask is the
+            # same for student and teacher.
+            response = rollouts.ids[i][rollouts.mask[i].bool()].tolist()
+            sequences.append(prompt + response)
+            masks.append([0] * len(prompt) + [1] * len(response))
+        ids = common.padded(sequences, tok.pad_token_id, teacher.device)            # (b, P + R)
+        mask = common.padded(masks, 0, teacher.device)                              # (b, P + R)
 
-        hidden = common.hidden_at(teacher, ids, attention_mask, mask)               # (n, hidden)
+        hidden = common.hidden_at(teacher, ids, mask)                               # (n, hidden)
         lengths = mask.sum(1).tolist()
         states.update(zip(rows, hidden.split(lengths)))
         values = common.over_vocab_chunks(hidden, teacher.get_output_embeddings(), entropies)   # (n,)
@@ -226,10 +227,10 @@ def student_pass(student, teacher, rollouts: Rollouts, rows: list, columns: slic
                  teacher_states: dict, temperature: float):
     """The student reads a micro-batch of its own rollouts -> rho and JSD of each token, (b, t) each, 0 where
     there is none. distilled (B, T): the tokens that have a JSD."""
-    ids, attention_mask, mask = rollouts.part(rows, columns)                        # (b, t) each
+    ids, mask = rollouts.part(rows, columns)                                        # (b, t) each
     mask = mask.bool()                                                              # (b, t)
     distilled = distilled[rows, columns]                                            # (b, t)
-    hidden = common.hidden_at(student, ids, attention_mask, mask)                   # (n, hidden)
+    hidden = common.hidden_at(student, ids, mask)                                   # (n, hidden)
 
     # rho = pi(y_t) / pi_old(y_t): it is 1, and its gradient that of log pi(y_t): this policy has sampled y_t
     logps = sampled_logps(student, hidden, ids[mask], temperature)                  # (n,)
@@ -521,9 +522,9 @@ def explain(config: Config) -> None:
     task = tasks[row // config.group_size]
 
     # Student and teacher read the same tokens; before the first step they are the same model.
-    ids, attention_mask, mask = rollouts.part([row])                                # (1, T) each
+    ids, mask = rollouts.part([row])                                                # (1, T) each
     tokens = ids[mask.bool()]                                                       # (n,)
-    ours = common.hidden_at(student, ids, attention_mask, mask)                     # (n, hidden)
+    ours = common.hidden_at(student, ids, mask)                                     # (n, hidden)
     states, H = teacher_pass(student, tok, tasks, rollouts, demos, [row], config)   # .., (B, T)
     theirs = states[row]                                                            # (n, hidden)
     expected = common.lm_head(student.get_output_embeddings())(theirs).argmax(-1)   # (n,)

@@ -229,6 +229,9 @@ def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
             expected, mask = expected + said + heard, mask + [1] * len(said) + [0] * len(heard)
         assert response(out, i) == (expected, mask)
         assert int(out.mask[i].sum()) == sum(mask)
+        edges = [k for k, (a, b) in enumerate(zip([0, *mask], [*mask, 0])) if a != b]  # of the runs of 1
+        start = len(common.prompt_ids(tok, ask(f"question {i} {'x' * i}").messages, common.TOOLS["calculator"]))
+        assert out.turns[i] == [(start + a, start + b) for a, b in zip(edges[::2], edges[1::2])]
         assert len(out.turns[i]) == len(turns)
     assert out.tool_status == [["ok", "error", "none"], ["none"], ["error", "none"]]
     assert out.finished.tolist() == [True] * 3 and out.texts == ["\\boxed{7}", "\\boxed{3}", "\\boxed{9}"]

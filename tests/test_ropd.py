@@ -350,7 +350,7 @@ def test_a_left_out_group_is_out_of_the_denominator(tiny):
 
     def gradient(rows, mask):
         student.zero_grad()
-        logps = common.token_logps(student, both.ids[:rows], both.attention_mask[:rows], mask)
+        logps = common.token_logps(student, both.ids[:rows], mask)
         common.policy_loss(logps, logps.detach(), advantages[:rows], mask).backward()
         return torch.cat([p.grad.flatten() for p in student.parameters()])
     alone = gradient(4, both.mask[:4])
@@ -537,7 +537,7 @@ def test_a_new_method_is_one_row(monkeypatch, refused):
     assert common.parse(ropd.Config, ["--method", "no_contrast"]).method == "no_contrast"
     assert "no_contrast" in refused(common.parse, ropd.Config, ["--method", "no_such"])
     compared = []
-    start = {"ropd": [{"accuracy_before": 0.0, "greedy_before": 0.0, "se": 0.0}]}
+    start = {"ropd": [{"accuracy_before": 0.0, "greedy_accuracy_before": 0.0, "se_before": 0.0}]}
     monkeypatch.setattr(common, "compared", lambda *args: compared.append(args[2]) or start)
     ropd.main(["--compare"])
     assert compared[0]["no_contrast"] == {"method": "no_contrast"}

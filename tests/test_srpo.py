@@ -180,8 +180,8 @@ def test_teacher_equals_student_on_the_same_prompt(base, batch, monkeypatch):
             {**m, "content": m["content"] + "A1, B2. " * 3 * (messages is longer)} for m in messages])
         assert beside[:5].max() < 1e-6
         assert beside[5][mask[5]][0] > 1e-6  # it reaches the first response token
-        ids, attention, _ = rollouts.part(rows)
-        hidden = common.hidden_at(model, ids, attention, mask)
+        ids, _ = rollouts.part(rows)
+        hidden = common.hidden_at(model, ids, mask)
         logps = srpo.sampled_logps(model, hidden, ids[mask], 1.0)
         assert (logps - rollouts.logps[rows][mask]).abs().max() < 1e-4
 
@@ -195,8 +195,8 @@ def test_student_and_teacher_have_the_temperature_of_the_rollouts(base, batch):
         states, entropy = srpo.teacher_pass(model, tok, tasks, rollouts, demos, [row], hot)
         q = (model.get_output_embeddings()(states[row]) / 0.5).log_softmax(-1)
         assert torch.allclose(entropy[row][mask[row]], common.entropy_of(q), atol=1e-5)
-        ids, attention, _ = rollouts.part([row])
-        hidden = common.hidden_at(model, ids, attention, mask[[row]])
+        ids, _ = rollouts.part([row])
+        hidden = common.hidden_at(model, ids, mask[[row]])
         p = (model.get_output_embeddings()(hidden) / 0.5).log_softmax(-1)
         tokens = ids[mask[[row]]]
         assert torch.allclose(srpo.sampled_logps(model, hidden, tokens, 0.5),
@@ -209,9 +209,9 @@ def test_teacher_prompt(base, batch, monkeypatch):
     (model, tok), (tasks, rollouts, reward) = base, batch
     demos = srpo.pick_demonstration(reward.tolist(), 4)
     routed = [i for i, d in enumerate(demos) if d is not None]
-    prompts, prompt_batch = [], common.prompt_batch
-    monkeypatch.setattr(common, "prompt_batch", lambda tok, conversations, *how, **more: (
-        prompts.extend(conversations), prompt_batch(tok, conversations, *how, **more))[1])
+    prompts, prompt_ids = [], common.prompt_ids
+    monkeypatch.setattr(common, "prompt_ids", lambda tok, messages, **how: (
+        prompts.append(messages), prompt_ids(tok, messages, **how))[1])
     states, entropy = srpo.teacher_pass(model, tok, tasks, rollouts, demos, routed, CONFIG)
     assert prompts and set(states) == set(routed)
     assert ((entropy > 0).any(1).nonzero()[:, 0] == torch.tensor(routed)).all()
@@ -233,9 +233,9 @@ def test_the_combined_loss_on_worked_numbers(train_on, monkeypatch, all_wrong):
     all-wrong group of four tokens nothing changes but N, from 8 to 12 tokens; that of sdpo stays 4."""
     B = 4 + 4 * all_wrong
     mask = torch.tensor([[0] + [1] * n + [0] * (3 - n) for n in (2, 3, 1, 2) + (1, 1, 1, 1) * all_wrong])
-    attention, zeros = mask + torch.tensor([1, 0, 0, 0]), torch.zeros(B, 4)
-    rollouts = Rollouts(torch.full((B, 4), 5), attention, mask, zeros, zeros, 1, torch.ones(B).bool(),
-                        [""] * B, [[]] * B, [[]] * B)
+    zeros = torch.zeros(B, 4)
+    rollouts = Rollouts(torch.full((B, 4), 5), mask, zeros, zeros, (1 + mask.sum(1)).tolist(),
+                        torch.ones(B).bool(), [""] * B, [[]] * B, [[]] * B)
     task = Task([{"role": "user", "content": "q"}], "1")
     entropy = torch.zeros(B, 4)
     entropy[1, 1:] = torch.tensor([0, math.log(2), math.log(4)])
@@ -266,8 +266,9 @@ def test_micro_batches_and_row_order_change_nothing(train_on, batch):
         assert torch.allclose(whole, grad, atol=1e-6) and other["jsd"] == pytest.approx(line["jsd"])
     tasks, rollouts, reward = batch
     turn = [i for g in range(7, -1, -1) for i in range(4 * g, 4 * g + 4)]  # groups in reverse
-    turned = dataclasses.replace(rollouts, texts=[rollouts.texts[i] for i in turn], **{
-        name: getattr(rollouts, name)[turn] for name in ("ids", "attention_mask", "mask")})
+    turned = dataclasses.replace(
+        rollouts, ids=rollouts.ids[turn], mask=rollouts.mask[turn], texts=[rollouts.texts[i] for i in turn],
+        lengths=[rollouts.lengths[i] for i in turn])
     other, _ = train_on(tasks[::-1], turned, reward[turn])
     assert torch.allclose(whole, other, atol=1e-6)
 
@@ -384,7 +385,7 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     names = [row[1].strip() for row in rows[1:]]
     assert len(names) == len(set(names)) == 15 and {"sdpo", "srpo_no_weight", "mix"} < set(names)
     assert {f"grpo --lr {rate}" for rate in ("0.0001", "0.0002", "0.0005")} < set(names)  # 4e-5: its own
-    assert all(row[2] == row[4] and float(row[5]) == 1 for row in rows[1:])  # one evaluation: the mean
+    assert all(row[2] == row[5] and float(row[6]) == 1 for row in rows[1:])  # one evaluation: the mean
     srpo.main([*small, "--explain"])
     out = capsys.readouterr().out
     assert "sibling" in out and "teacher would say" in out and "<|im_end|>" in out

@@ -65,7 +65,7 @@ def main():
         for name, summaries in common.compared(srpo.train, config, CELLS, "real_training").items():
             found[name] += summaries
     print(common.seed_table(found, {"accuracy_before": "before, T = 1", "accuracy_after": "after",
-                                    "greedy_before": "before, greedy", "greedy_after": "after",
+                                    "greedy_accuracy_before": "before, greedy", "greedy_accuracy_after": "after",
                                     "length_after": "length", "seconds_per_step": "s/step"}))
     print("share solved in training, mean of five steps and of the seeds")
     for name in CELLS:
