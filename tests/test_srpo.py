@@ -230,9 +230,9 @@ def test_teacher_prompt(base, batch, monkeypatch):
 @pytest.mark.parametrize("all_wrong", [0, 1])
 def test_the_combined_loss_on_worked_numbers(train_on, monkeypatch, all_wrong):
     """rewards 1 0 0 1, lengths 2 3 1 2, JSD .1 .2 .3 | .4, entropies 0 ln2 ln4 | 0: L = -0.127273. Beside an
-    all-wrong group of four tokens nothing changes but N, from 8 to 12 tokens; that of sdpo stays 4."""
+    all-wrong group of five tokens nothing changes but N, from 8 to 13 tokens; that of sdpo stays 4."""
     B = 4 + 4 * all_wrong
-    mask = torch.tensor([[0] + [1] * n + [0] * (3 - n) for n in (2, 3, 1, 2) + (1, 1, 1, 1) * all_wrong])
+    mask = torch.tensor([[0] + [1] * n + [0] * (3 - n) for n in (2, 3, 1, 2) + (1, 1, 1, 2) * all_wrong])
     zeros = torch.zeros(B, 4)
     rollouts = Rollouts(torch.full((B, 4), 5), mask, zeros, zeros, (1 + mask.sum(1)).tolist(),
                         torch.ones(B).bool(), [""] * B, [[]] * B, [[]] * B)
@@ -254,7 +254,7 @@ def test_the_combined_loss_on_worked_numbers(train_on, monkeypatch, all_wrong):
                             ({"method": "sdpo", "distill": "wrong"}, 0.25), ({"micro_batch": 1}, -0.127273)):
         total.clear()
         train_on([task] * (1 + all_wrong), rollouts, reward, show_every=0, **flags)
-        counted = 8 / 12 if all_wrong and flags.get("method") != "sdpo" else 1
+        counted = 8 / 13 if all_wrong and flags.get("method") != "sdpo" else 1
         assert sum(total) == pytest.approx(expected * counted, abs=1e-6), flags
 
 
