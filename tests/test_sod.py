@@ -328,7 +328,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
     for flags, word in ((["--teacher", folder], "different tokenizers"),
                         (["--methods", "ppo"], "invalid choice"), (["--method", "ppo"], "invalid choice"),
                         (["--model", folder], "different tokenizers"), (["--timeout_rate", "-1"], "timeout"),
-                        (["--explain", "--compare"], "--compare and --explain")):
+                        (["--explain", "--compare"], "--explain and --compare")):
         assert word in refused(sod.main, [*flags, "--out", str(tmp_path / "run"), *SMALL])
     assert "chain only" in refused(cascade.main, ["--data", "nothing.jsonl"])
     assert not (tmp_path / "run").exists()
