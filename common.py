@@ -83,7 +83,7 @@ class Config:
     rows_at_once: int = option(0, "rollouts in the cache at once, to save memory; 0 = all; also for judges")
     temperature: float = option(1.0, "of the training rollouts; scoring uses the same")
     lr: float | None = option(None, "learning rate; not given = 3e-4 for tiny models, 1e-6 for others")
-    seed: int = option(0, "seed of prompts, sampling and tool failures")
+    seed: int = option(0, "seeds everything: the fits of the tiny models, prompts, sampling, tool failures")
     eval_every: int = option(0, "evaluate every so many steps; 0 = only before and after")
     eval_tasks: int = option(200, "held-out problems")
     device: str = option("auto", "'auto' (a GPU if there is one; tiny models: the CPU), 'cpu', 'cuda', ...")
@@ -101,7 +101,8 @@ class Config:
 
     @property
     def sampling(self) -> dict:
-        return {name: getattr(self, name) for name in ("max_new_tokens", "max_turns", "thinking", "rows_at_once")}
+        names = ("max_new_tokens", "max_turns", "thinking", "rows_at_once")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def rate(self) -> float:
@@ -492,7 +493,7 @@ def parse_tool_call(text: str) -> dict | None:
 
 
 def run_tools(tool: Tool | None, calls: list[dict]) -> list[tuple[str, str]]:
-    """-> (text for the model, status) a call. A tool that raises an exception costs one answer, not the run."""
+    """-> (text for the model, status) a call. An exception in a tool costs one answer, not the run."""
     def answer(call):
         if call["name"] != tool.name:
             return f"error: there is no tool {call['name'][:40]}", "error"
@@ -604,8 +605,8 @@ def rollout(model, tok, tasks: list[Task], group_size: int = 1, *, tool: Tool | 
         p p p p p p p | s s s s s END | g g g | s s s s s s s s s s .      .       padding, added at the end
 
     Nothing is decoded and encoded again: the ids are what the model saw. A turn ends with the end-of-turn
-    token. If it holds a tool call (of several, the first well-formed one counts), the tool runs and its message
-    is given, or the row ends if that would fill its budget; without a call the row is done.
+    token. If it holds a tool call (of several, the first well-formed one), the tool runs and its message is
+    given, or the row ends if that would fill its budget; without a call the row is done.
     """
     assert not model.training, "rollouts need model.eval(): gradient checkpointing would switch the cache off"
     rows = []
@@ -641,8 +642,8 @@ def write_rows(model, tok, rows: list[Row], tool: Tool | None, max_turns: int, t
     """Writes the rows to their ends. A row all of whose ids are in the cache samples its next one.
 
     Two kinds of pass put ids into the cache. *write* takes the next id of every row and returns what may
-    follow it. *read* takes all the ids of some rows at once, but for their last: prompts, and tools' messages,
-    once they wait in enough of the rows; until then they go in with *write*, id by id.
+    follow it. *read* takes all the ids of some rows at once, but for their last: prompts, and tools'
+    messages, once they wait in enough of the rows; until then they go in with *write*, id by id.
     """
     cache = RowCache(model, length=max(row.limit for row in rows))
     # Rows of one problem stand side by side: their prompt is read once and copied.
@@ -700,7 +701,7 @@ def end_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
 
 
 class RowLayer(StaticLayer):
-    """Keys and values of one layer for n rows, (n, heads, length, d): each row is written at its own place."""
+    """Keys and values of one layer, (n, heads, length, d): each of n rows is written at its own place."""
 
     def update(self, key, value, *_, **__):                                         # (r, heads, q, d) each
         if not self.is_initialized:
@@ -770,8 +771,8 @@ class RowCache(Cache):
         return self.one_id_a_row()
 
     def prepare(self, inputs) -> Callable:
-        """The *write* pass on `inputs` (2, n, 1), ids and places. Nothing in it waits for a value or depends on
-        one, so a CUDA graph can record it."""
+        """The *write* pass on `inputs` (2, n, 1), ids and places. Nothing in it waits for a value or depends
+        on one, so a CUDA graph can record it."""
         self.inputs = inputs
         everyone = torch.arange(inputs.shape[1], device=inputs.device)              # (n,)
 
@@ -790,8 +791,8 @@ class RowCache(Cache):
 
 
 def record(step: Callable) -> Callable:
-    """`step` as a CUDA graph: recorded once, then replayed without Python, which saves 1,500 kernel launches a
-    token. What it works on must stay where it is and change in place. Where that fails, step itself."""
+    """`step` as a CUDA graph: recorded once, then replayed without Python, which saves 1,500 kernel launches
+    a token. What it works on must stay where it is and change in place. Where that fails, step itself."""
     try:
         step()  # the first run makes plans and buffers, which are no part of the recording
         graph = torch.cuda.CUDAGraph()
@@ -1020,7 +1021,7 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
 
 
 def evaluate(model, tok, tasks: list[Task], **sampling) -> dict:
-    """Accuracy at T = 1 and greedy, standard errors, mean length, share finished. Same dice for all methods."""
+    """Accuracy at T = 1 and greedy, standard errors, length, share finished. Same dice for all methods."""
     def sample(temperature):
         generator = torch.Generator(model.device).manual_seed(1234)
         rollouts = rollout(model, tok, tasks, temperature=temperature, generator=generator, **sampling)
@@ -1037,8 +1038,8 @@ def evaluate(model, tok, tasks: list[Task], **sampling) -> dict:
 
 # ------------------------------------------------------------------------------------- runs on disk
 # Flags that change no number of a step.
-FREE_FLAGS = ("steps", "out", "resume", "overwrite", "threads", "save_every", "show_every", "fresh", "compare",
-              "methods", "seeds", "explain")
+FREE_FLAGS = ("steps", "out", "resume", "overwrite", "threads", "save_every", "show_every", "fresh",
+              "compare", "methods", "seeds", "explain")
 
 
 def fingerprint(config, script: str) -> dict:
@@ -1232,7 +1233,7 @@ def table(rows: list[list], head: list[str]) -> str:
 
 def compared(train: Callable, config, variants: dict[str, dict], script: str) -> dict[str, list[dict]]:
     """Trains every variant (name -> the flags in which it differs) on --seeds seeds: name -> summaries.
-    After a stop, a cell in the middle goes on; a finished one is taken if it is of these flags and this code."""
+    After a stop, a cell in the middle goes on; a finished one is taken if flags and code are the same."""
     cells = list(itertools.product(range(config.seed, config.seed + config.seeds), variants))
     print(f"{len(cells)} runs: {len(variants)} variants on {config.seeds} seeds", flush=True)
     summaries = {name: [] for name in variants}
@@ -1272,8 +1273,8 @@ def finished_cell(cell, script: str) -> dict | None:
 
 
 def seed_table(summaries: dict[str, list[dict]], columns: dict[str, str]) -> str:
-    """columns: key of the summaries -> heading. Cells: mean ± sample standard deviation over the seeds. Behind
-    the first column, the mean *paired difference* to the first row, seed by seed, ± its standard error."""
+    """columns: key of the summaries -> heading. Cells: mean ± sample standard deviation over the seeds.
+    Behind the first column, the mean *paired difference* to the first row, ± its standard error."""
     def cell(values, divisor=1.0):
         values = [value for value in values if value is not None]
         if not values:
@@ -1442,10 +1443,11 @@ def load_student(config, device):
     if config.model != "tiny":
         return load_model(config.model, device)
     tok = build_tokenizer(CHAIN_ATOMS)
-    rng = random.Random(1)
+    rng = random.Random(config.seed)
     tasks = [small_chain(rng) for _ in range(8000)]
     docs = [demonstration(tok, task, worked_solution(rng, task, wrong=0.15)) for task in tasks]
-    model = fit_tiny("the student", tiny_model(tok, seed=1), docs, steps=600, fresh=config.fresh)
+    model = tiny_model(tok, config.seed)
+    model = fit_tiny("the student", model, docs, steps=600, seed=config.seed, fresh=config.fresh)
     return model.to(device), tok
 
 

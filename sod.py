@@ -266,7 +266,7 @@ def conversation(tok, task: Task, turns: list, tool: Tool) -> tuple[list[int], l
     return ids, mask
 
 
-@functools.cache  # --compare asks for the same corpus again and again
+@functools.lru_cache(maxsize=2)  # --compare asks for the same corpus again and again
 def demonstrations(tok, count: int, who: str, timeout_rate: float, seed: int, gap: float = 0.0) -> list:
     habits = {"student": STUDENT, "teacher": TEACHER}[who]
     rng = random.Random(seed)
@@ -284,9 +284,10 @@ def load_student(config: Config, device: torch.device):
     if config.model != "tiny":
         return common.load_model(config.model, device)
     tok = build_tokenizer()
-    docs = demonstrations(tok, 8000, "student", config.timeout_rate, seed=1, gap=config.skill_gap)
-    model = common.tiny_model(tok, seed=1)
-    model = common.fit_tiny("the student", model, docs, steps=800, fresh=config.fresh)
+    seed = 2 * config.seed + 1
+    docs = demonstrations(tok, 8000, "student", config.timeout_rate, seed, gap=config.skill_gap)
+    model = common.tiny_model(tok, seed)
+    model = common.fit_tiny("the student", model, docs, steps=800, seed=seed, fresh=config.fresh)
     return model.to(device), tok
 
 
@@ -308,20 +309,21 @@ def tiny_teacher(config: Config, tok):
     """Fitted on nearly clean demonstrations and then improved with GRPO, as in the paper. Unless it knows
     them, there are no time-outs in either phase."""
     rate = config.timeout_rate if config.teacher_knows_timeouts else 0.0
-    docs = demonstrations(tok, 8000, "teacher", rate, seed=2)
-    teacher = common.tiny_model(tok, seed=2, hidden_size=96)
-    common.fit_tiny("the teacher", teacher, docs, steps=500, seed=2, fresh=config.fresh)
+    seed = 2 * config.seed + 2  # not that of any student
+    docs = demonstrations(tok, 8000, "teacher", rate, seed)
+    teacher = common.tiny_model(tok, seed, hidden_size=96)
+    common.fit_tiny("the teacher", teacher, docs, steps=500, seed=seed, fresh=config.fresh)
     weights = b"".join(p.detach().numpy().tobytes() for p in teacher.parameters())
     # The source of `improve` is in the key: a reader who edits it must get a new teacher.
     key = ["grpo", hashlib.sha256(weights).hexdigest(), rate, inspect.getsource(improve)]
-    return common.cached(teacher, key, lambda: improve(teacher, tok, rate), config.fresh)
+    return common.cached(teacher, [*key, seed], lambda: improve(teacher, tok, rate, seed), config.fresh)
 
 
-def improve(model, tok, timeout_rate: float, steps: int = 40) -> None:
+def improve(model, tok, timeout_rate: float, seed: int, steps: int = 40) -> None:
     """GRPO on the outcome alone, in place."""
     config = Config(prompts_per_step=8, group_size=8)  # fixed: the teacher ignores the student's flags
-    rng = random.Random(3)
-    generator = torch.Generator().manual_seed(3)
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
     tool = flaky(CALCULATOR, timeout_rate, rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=0.0)
     for step in common.progress(range(steps), desc="GRPO for the teacher"):

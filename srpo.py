@@ -408,11 +408,11 @@ def context_document(rng, tok, task: Task):
     return ids, mask
 
 
-@functools.cache  # --compare asks for them again and again
-def corpus():
+@functools.lru_cache(maxsize=1)  # --compare asks for them again and again
+def corpus(seed: int):
     """The tiny base's tokenizer and documents."""
     tok = common.build_tokenizer([*common.CHAIN_ATOMS, ". \\boxed{", HEADING, CLOSING])
-    rng = random.Random(1)
+    rng = random.Random(seed)
     docs = []
     for _ in range(FIT["documents"]):
         task = small_chain(rng)
@@ -428,9 +428,10 @@ def load_student(config: Config, device):
     """The tiny base, fitted on the corpus above (cached), or a Hugging Face model -> (model, tokenizer)."""
     if config.model != "tiny":
         return common.load_model(config.model, device)
-    tok, docs = corpus()
-    model = common.tiny_model(tok, 1, FIT["hidden_size"], FIT["layers"])
-    model = common.fit_tiny("the base model", model, docs, FIT["steps"], fresh=config.fresh)
+    tok, docs = corpus(config.seed)
+    model = common.tiny_model(tok, config.seed, FIT["hidden_size"], FIT["layers"])
+    model = common.fit_tiny("the base model", model, docs, steps=FIT["steps"], seed=config.seed,
+                            fresh=config.fresh)
     return model.to(device), tok
 
 

@@ -7,7 +7,6 @@ import math
 import random
 import re
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
