@@ -418,9 +418,9 @@ class Tool:
 
 
 BAD_EXPRESSION = "error: not a valid expression"
+SIGNS = {ast.USub: operator.neg, ast.UAdd: operator.pos}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-             ast.USub: operator.neg, ast.UAdd: operator.pos}
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 
 
 def calculate(node) -> float:
@@ -428,8 +428,9 @@ def calculate(node) -> float:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.UnaryOp):
-        return OPERATORS[type(node.op)](calculate(node.operand))
-    left, right = calculate(node.left), calculate(node.right)
+        return SIGNS[type(node.op)](calculate(node.operand))
+    left = calculate(node.left)
+    right = calculate(node.right)
     if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
         raise ValueError("9**9**9 would never end")
     return OPERATORS[type(node.op)](left, right)
@@ -1208,8 +1209,8 @@ class Run:
             summary[f"{key}_before"] = notes["before"][key]
             summary[f"{key}_after"] = value
         summary |= {"seconds": time.time() - self.began, "skipped_steps": notes["skipped_steps"],
-                    "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]), **more,
-                    "fingerprint": notes["fingerprint"], "config": asdict(self.config),
+                    "seconds_per_step": notes["step_seconds"] / max(1, notes["step"]), **more}
+        summary |= {"fingerprint": notes["fingerprint"], "config": asdict(self.config),
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
         model.save_pretrained(self.folder / "model")
         tok.save_pretrained(self.folder / "model")
