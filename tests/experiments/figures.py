@@ -1,0 +1,130 @@
+"""The figures of README, from runs on disk; SVG, readable in black and white.
+
+    python sod.py --compare; python srpo.py --compare; python tests/experiments/exercises.py ropd-truth
+    python tests/experiments/figures.py [NAME ...]      into tests/experiments/figures/; no name: all of them
+"""
+import json
+import random
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common
+import sod
+
+matplotlib.use("svg")
+plt.rcParams.update({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
+                     "savefig.facecolor": "white", "axes.grid": True, "grid.color": "0.9", "svg.hashsalt": "figures"})
+OUT = Path(__file__).parent / "figures"
+STYLES = [{"color": "black", "ls": "-"}, {"color": "tab:blue", "ls": "--"}, {"color": "tab:red", "ls": ":"},
+          {"color": "tab:green", "ls": "-."}]
+
+
+def curve(pattern: str, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Step, mean and standard deviation over the seeds' runs of a figure in metrics.jsonl."""
+    runs = []
+    for folder in sorted(Path("runs").glob(pattern)):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        wanted = [line for line in lines if line.get(key) is not None and line.get("eval") != "after"]
+        wanted = [line for line in wanted if ("eval" in line) == (key == "accuracy")]
+        runs.append({line["step"]: line[key] for line in wanted})
+    if not runs:
+        sys.exit(f"no run in runs/{pattern}; the docstring of figures.py says what makes it")
+    steps = sorted(set.intersection(*map(set, runs)))
+    values = np.array([[run[step] for step in steps] for run in runs])
+    return np.array(steps), values.mean(0), values.std(0)
+
+
+def smooth(values: np.ndarray, width: int = 10) -> np.ndarray:
+    """Mean of the last ten steps."""
+    return np.array([values[max(0, i - width + 1):i + 1].mean() for i in range(len(values))])
+
+
+def draw(axis, pattern: str, key: str, label: str, style: dict, width: int = 1) -> None:
+    steps, mean, spread = curve(pattern, key)
+    axis.plot(steps, smooth(mean, width), label=label, lw=1.6, **style)
+    axis.fill_between(steps, smooth(mean - spread, width), smooth(mean + spread, width), color=style["color"], alpha=0.12,
+                      lw=0)
+
+
+def sod_rollout() -> None:
+    """One rollout as a strip: sampled and given tokens, turns with d_k and w_k, the failed call."""
+    config = sod.Config()
+    teacher, tok, tasks, rollouts = sod.first_rollouts(config, 64)
+    teacher_logps, _ = common.score(teacher, rollouts)
+
+    def fit(i):  # four turns, one of which failed and was not the first or last
+        failed = [k for k, status in enumerate(rollouts.tool_status[i]) if status == "timeout"]
+        return failed == [1] and len(rollouts.turns[i]) == 5
+    i = next(i for i in range(64) if fit(i))
+    turns, status = rollouts.turns[i], rollouts.tool_status[i]
+    d = sod.step_divergence(rollouts.logps[i], teacher_logps[i], turns)
+    weights = sod.step_weights(d, config.delta)
+    gap = (teacher_logps - rollouts.logps)[i].tolist()
+    begin, end = turns[0][0], turns[-1][1]
+    figure, axis = plt.subplots(figsize=(9, 2.6), layout="tight")
+    axis.grid(False)
+    for t in range(begin, end):
+        sampled = bool(rollouts.mask[i, t])
+        axis.bar(t - begin, abs(gap[t]) if sampled else 0.0, width=0.8, color="0.35")
+        axis.bar(t - begin, -0.25, width=0.9, color="white" if sampled else "0.8", edgecolor="0.4", lw=0.6,
+                 hatch="" if sampled else "////")
+    top = max(abs(g) for g in gap[begin:end])
+    for k, (start, stop) in enumerate(turns):
+        failed = "\ntimes out" if status[k] in ("error", "timeout") else ""
+        axis.text((start + stop) / 2 - begin - 0.5, 1.25 * top, f"turn {k + 1}{failed}\n$d$ = {d[k]:.2f}\n$w$ = {weights[k]:.2f}",
+                  ha="center", va="top", weight="bold" if failed else "normal")
+    axis.set(ylim=(-0.3, 1.3 * top), xlim=(-1, end - begin), xlabel="token (white: sampled, hatched: the tool's message)",
+             ylabel="|teacher - student|")
+    save(figure, "sod-rollout")
+
+
+def sod_curves() -> None:
+    figure, axis = plt.subplots(figsize=(5, 3), layout="tight")
+    for (method, label), style in zip((("sod", "SOD"), ("opd_grpo", "OPD + GRPO"), ("grpo", "GRPO")), STYLES):
+        draw(axis, f"sod-compare/{method}-s*", "solved", label, style, width=10)
+    axis.set(xlabel="step", ylabel="solved (mean of ten steps)", ylim=(0, 1))
+    axis.legend(frameon=False)
+    save(figure, "sod-curves")
+
+
+def ropd_truth() -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="tight", sharey=True)
+    for axis, pattern, title in zip(axes, ("as-it-is", "no-criterion-asks-for-the-truth"),
+                                    ("the rubric as it is", "no criterion asks for the truth")):
+        for key, style in zip(("reward", "solved"), STYLES):
+            draw(axis, f"exercises/ropd-truth-{pattern}-s*", key, key, style, width=10)
+        axis.set(xlabel="step", title=title, ylim=(0, 1.02))
+    axes[0].legend(frameon=False)
+    save(figure, "ropd-truth")
+
+
+def srpo_collapse() -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="tight")
+    for axis, key, title in zip(axes, ("accuracy", "length", "teacher H"),
+                                ("accuracy, held out", "tokens a rollout", "teacher's entropy, nats")):
+        for (method, label), style in zip((("srpo", "SRPO"), ("sdpo", "SDPO")), STYLES):
+            draw(axis, f"srpo-compare/{method}-s*", key, label, style, width=1 if key == "accuracy" else 5)
+        axis.set(xlabel="step", title=title)
+    axes[0].legend(frameon=False)
+    save(figure, "srpo-collapse")
+
+
+def save(figure, name: str) -> None:
+    OUT.mkdir(exist_ok=True)
+    path = OUT / f"{name}.svg"
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+
+
+FIGURES = {"sod-rollout": sod_rollout, "sod-curves": sod_curves, "ropd-truth": ropd_truth, "srpo-collapse": srpo_collapse}
+
+if __name__ == "__main__":
+    random.seed(0)
+    for name in sys.argv[1:] or FIGURES:
+        FIGURES[name]()
