@@ -227,10 +227,16 @@ def batches_of(docs: list, rng: random.Random, size: int = 32) -> list[list]:
 
 
 def fit_tiny(name: str, model, docs: list, steps: int, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
-    """Next-token fit of a tiny model, cached. docs: (ids, mask), lists; the loss is where mask is 1."""
+    """Next-token fit of a tiny model, cached. docs: (ids, mask), lists; the loss is where mask is 1. Muon on
+    the layers' matrices, AdamW (rate lr) on the rest: half the steps of AdamW alone."""
     def build():
         rng = random.Random(seed)
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+        matrices, others = [], []
+        for where, parameter in model.named_parameters():
+            in_layer = "layers" in where and parameter.dim() == 2
+            (matrices if in_layer else others).append(parameter)
+        muon = torch.optim.Muon(matrices, weight_decay=0.01)
+        adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01)
         batches = []
         model.train()
         for step in progress(range(steps), desc=f"fitting {name}"):
@@ -241,8 +247,12 @@ def fit_tiny(name: str, model, docs: list, steps: int, lr: float = 3e-3, seed: i
             mask = padded([mask for _, mask in batch], 0)                           # (B, T)
             loss = -token_logps(model, ids, mask).sum() / mask.sum()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             ramp = min((step + 1) / 50, (steps - step) / steps)
-            apply_gradients(model, optimizer, step, lr * ramp, warmup=1)
+            for optimizer, rate in ((muon, 0.025), (adamw, lr)):
+                optimizer.param_groups[0]["lr"] = rate * ramp
+                optimizer.step()
+                optimizer.zero_grad()  # the last gradient must not leak into later training
     return cached(model, ["fit", docs, steps, lr, seed], build, fresh)
 
 
@@ -1448,7 +1458,7 @@ def load_student(config, device):
     tasks = [small_chain(rng) for _ in range(8000)]
     docs = [demonstration(tok, task, worked_solution(rng, task, wrong=0.15)) for task in tasks]
     model = tiny_model(tok, config.seed)
-    model = fit_tiny("the student", model, docs, steps=600, seed=config.seed, fresh=config.fresh)
+    model = fit_tiny("the student", model, docs, steps=300, seed=config.seed, fresh=config.fresh)
     return model.to(device), tok
 
 

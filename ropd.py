@@ -551,7 +551,7 @@ def load_student(config, device):
     tasks = [small_chain(rng) for _ in range(8000)]
     docs = [common.demonstration(tok, task, mistaken_solution(rng, task)) for task in tasks]
     model = common.tiny_model(tok, config.seed)
-    model = common.fit_tiny("the student", model, docs, steps=600, lr=6e-3, seed=config.seed,
+    model = common.fit_tiny("the student", model, docs, steps=300, lr=6e-3, seed=config.seed,
                             fresh=config.fresh)
     return model.to(device), tok
 

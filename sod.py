@@ -287,7 +287,7 @@ def load_student(config: Config, device: torch.device):
     seed = 2 * config.seed + 1
     docs = demonstrations(tok, 8000, "student", config.timeout_rate, seed, gap=config.skill_gap)
     model = common.tiny_model(tok, seed)
-    model = common.fit_tiny("the student", model, docs, steps=800, seed=seed, fresh=config.fresh)
+    model = common.fit_tiny("the student", model, docs, steps=400, seed=seed, fresh=config.fresh)
     return model.to(device), tok
 
 
@@ -312,7 +312,7 @@ def tiny_teacher(config: Config, tok):
     seed = 2 * config.seed + 2  # not that of any student
     docs = demonstrations(tok, 8000, "teacher", rate, seed)
     teacher = common.tiny_model(tok, seed, hidden_size=96)
-    common.fit_tiny("the teacher", teacher, docs, steps=500, seed=seed, fresh=config.fresh)
+    common.fit_tiny("the teacher", teacher, docs, steps=250, seed=seed, fresh=config.fresh)
     weights = b"".join(p.detach().numpy().tobytes() for p in teacher.parameters())
     # The source of `improve` is in the key: a reader who edits it must get a new teacher.
     key = ["grpo", hashlib.sha256(weights).hexdigest(), rate, inspect.getsource(improve)]

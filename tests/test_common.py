@@ -635,7 +635,7 @@ def fitted(session_cache):
     fit = common.fit_tiny
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "small_chain", partial(common.chain_task, operations=(2, 2), modulus=4))
-        patch.setattr(common, "fit_tiny", lambda *args, steps, **how: fit(*args, steps=300, lr=6e-3, **how))
+        patch.setattr(common, "fit_tiny", lambda *args, steps, **how: fit(*args, steps=150, lr=6e-3, **how))
         found = common.load_student(common.Config(), "cpu")
         patch.setattr(common, "fit_tiny", fit)
         patch.setattr(common, "load_student", lambda config, device: copy.deepcopy(found))

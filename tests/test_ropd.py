@@ -283,7 +283,7 @@ def tiny(session_cache):
     patch, fit = pytest.MonkeyPatch(), common.fit_tiny
     patch.setattr(ropd, "small_chain", lambda rng: common.chain_task(rng, operations=(2, 2), modulus=4))
     patch.setattr(common, "fit_tiny",
-                  lambda name, model, docs, steps, **how: fit(name, model, docs[:4000], 300, **how))
+                  lambda name, model, docs, steps, **how: fit(name, model, docs[:4000], 150, **how))
     found = ropd.load_student(ropd.Config(), "cpu")
     patch.setattr(ropd, "load_student", lambda config, device: copy.deepcopy(found))
     yield found

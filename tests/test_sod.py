@@ -276,7 +276,7 @@ def smaller_fits():
     fit, demonstrations, config = common.fit_tiny, sod.demonstrations, sod.Config()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.chain_task, "__defaults__", ((2, 2), 10))
-        patch.setattr(common, "fit_tiny", lambda *args, steps, **how: fit(*args, steps=160, lr=6e-3, **how))
+        patch.setattr(common, "fit_tiny", lambda *args, steps, **how: fit(*args, steps=100, lr=6e-3, **how))
         patch.setattr(sod, "demonstrations",
                       lambda tok, n, *args, **how: demonstrations(tok, n // 4, *args, **how))
         patch.setattr(sod.improve, "__defaults__", (2,))
