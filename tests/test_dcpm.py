@@ -183,8 +183,8 @@ def test_17_20_a_habit_of_three_domains_is_a_core_that_can_say_why():
     assert len(spans) == 9 and all(s["text"] in memory.turns[s["id"]].text for s in spans)
     found = memory.recall("How should I set up my new aquarium?", "2024-06-02")  # a domain that never came up
     assert found.ids[0] == core.id
-    assert core.id not in memory.recall("My new aquarium?", NOW, sweep=False).ids
-    assert not memory.recall("My new aquarium?", NOW, schemas=False).ids
+    assert core.id not in memory.recall("My new aquarium?", NOW, with_cores=False).ids
+    assert not memory.recall("My new aquarium?", NOW, with_schemas=False).ids
 
 
 @pytest.mark.parametrize("session, status", [("s{}", "stable"), ("one", "forming")])

@@ -153,7 +153,7 @@ def print_table(title, rows):
 def context(memory, q, name, budget=800):
     """What a condition shows the model."""
     if name != "raw turns":
-        return memory.recall(q.text, q.now, budget, schemas=name == "System1+2").text
+        return memory.recall(q.text, q.now, budget, with_schemas=name == "System1+2").text
     turns = [memory.turns[id_] for _, id_ in dcpm.search(memory, q.text) if id_ in memory.turns]
     lines = within([dcpm.Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t) for t in turns], budget)
     return "\n".join(map(str, sorted(lines, key=lambda line: (line.t, int(line.id[1:])))))

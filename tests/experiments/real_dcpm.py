@@ -167,7 +167,7 @@ def main():
     real = tell("model", empty)
     rules = tell("rules", dcpm.Memory())
     questions = [line.split("|") for line in QUESTIONS.strip().split("\n")]
-    conditions = {"System1+2": {}, "System1": {"schemas": False}}
+    conditions = {"System1+2": {}, "System1": {"with_schemas": False}}
     table = {}
     for name, memory in (("model", real), ("rules", rules)):
         for condition, kinds in answers(real.backend, memory, questions, conditions).items():
