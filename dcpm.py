@@ -92,10 +92,21 @@ def count_tokens(text):
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
+def says(text, phrase):
+    """Does a text have all content words of a phrase? A phrase without any is said nowhere."""
+    wanted = set(words(phrase))
+    return bool(wanted) and wanted <= set(words(text))
+
+
 def asked_to_forget(text):
     """What a message asks to forget, in the plain form "Forget (that) ...", a sentence each."""
-    sentences = [part.strip() for part in re.split(r"[.!?\n]+", text)]
+    sentences = re.split(r"[.!?\n]+ *", text)
     return [match[1] for match in map(FORGET.match, sentences) if match]
+
+
+def day_of(t):
+    """The date of an ISO date or date-time."""
+    return date.fromisoformat(t[:10])
 
 
 def read_date(text, told):
@@ -104,7 +115,7 @@ def read_date(text, told):
     match = DATE.search(text)
     if not match:
         return told, ""
-    first = date.fromisoformat(told[:10])  # of the conversation: by the wall clock old dialogues would rot
+    first = day_of(told)  # of the conversation: by the wall clock old dialogues would rot
     if match["day"]:
         days = {"yesterday": -1, "today": 0, "tomorrow": 1}[match["day"].lower()]
         first += timedelta(days)
@@ -219,6 +230,23 @@ def holds(belief):
     return belief.status == "active" and belief.polarity == 1
 
 
+def told_in(belief):
+    """Ids of the turns that a belief rests on."""
+    return {source[0] for source in belief.sources}
+
+
+def ids_of(records):
+    return [record.id for record in records]
+
+
+def texts_of(records):
+    return [record.text for record in records]
+
+
+def chains_of(beliefs):
+    return {belief.slot for belief in beliefs}
+
+
 # ------------------------------------------------------------------ the store: the only place that sets links
 class Store:
     """All records of one user. Every change is one event: checked first, then applied as a whole."""
@@ -226,66 +254,54 @@ class Store:
 
     def __init__(self, log=()):
         self.log = []
-        self.clock = ""  # the latest turn's time; nothing reads the wall clock
         self.turns = {}
         self.beliefs = {}
         self.heads = {}  # slot -> id of the newest belief of its chain
         self.schemas = {}
         self.cores = {}
         self.intentions = {}
+        self.forgotten = set()  # beliefs that were asked to be forgotten
         self.hidden = set()  # turns never to be shown: they say what was asked to be forgotten
         self.people = []  # who speaks here, not the assistant: System2 may generalise about them
-        self.docs = []  # (id, text): what can be searched
-        self.last_turn = {}  # session -> place of its last turn in docs
-        self.follows = []  # (place of a turn, place of the next one in its session)
         for op, ids, turn_id, reason, data in log:
             self.commit(op, ids, turn_id, reason, **data)
 
     def commit(self, op, ids=(), turn_id="", reason="", **data):
-        """Apply one event, then log it: the only way that anything here changes."""
+        """Apply one event, then log it: the only way that anything here changes. An event "FAILED" changes
+        nothing: it records that a model gave nothing usable."""
         if op == "RAW":
-            self._keep(Turn(*data["turn"]))
+            turn = Turn(*data["turn"])
+            self.turns[turn.id] = turn
+            if turn.speaker not in ("assistant", *self.people):
+                self.people.append(turn.speaker)
         elif op in NEW_NODE:
             self._insert(Belief(**data["belief"]))
         elif op == "CONFIRM":
             belief = self.beliefs[ids[0]]
-            belief.sources.append(tuple(data["source"]))
+            belief.sources.append(data["source"])
             belief.t_event = data.get("t_event", belief.t_event)
             self._weigh(belief)
-            if belief.status == "suppressed":  # told again after "forget that": it stays forgotten
-                self.hidden.add(belief.sources[-1][0])
+            if belief.id in self.forgotten:  # told again after "forget that": it stays forgotten
+                self.hidden.update(told_in(belief))
         elif op == "SUPPRESS":
-            for id_ in ids:
-                belief = self.beliefs[id_]
-                belief.status = "suppressed"
-                self.hidden.update(source[0] for source in belief.sources)
+            self.forgotten.update(ids)
             self.hidden.update(data["hide"])
+            for id_ in ids:
+                self.beliefs[id_].status = "suppressed"
+                self.hidden.update(told_in(self.beliefs[id_]))
         elif op == "SLEEP":
             for kind, cls in KINDS.items():
                 for fields in data[kind]:
                     getattr(self, kind)[fields["id"]] = cls(**fields)
-        elif op != "FAILED":  # that one only records that a model gave nothing usable
-            raise DcpmError(f"there is no operation {op!r}")
         self.has_news = op != "SLEEP"
         self.log.append(Event(op, list(ids), turn_id, reason, data))
 
-    def _keep(self, turn):
-        self.turns[turn.id] = turn
-        self.clock = max(self.clock, turn.t)
-        if turn.speaker not in ("assistant", *self.people):
-            self.people.append(turn.speaker)
-        place = len(self.docs)
-        self.docs.append((turn.id, turn.text))
-        if turn.session in self.last_turn:
-            self.follows.append((self.last_turn[turn.session], place))
-        self.last_turn[turn.session] = place
-
     def _insert(self, belief):
         """Put a belief between its neighbours: all four links or none, and never a second head."""
-        belief.slot = tuple(belief.slot)  # from JSON they come as lists
-        belief.sources = [tuple(source) for source in belief.sources]
+        belief.slot = tuple(belief.slot)  # JSON has lists
+        belief.sources = list(belief.sources)  # its own, not the log's
         # They must still be neighbours: two writers who read one head cannot both append to it.
-        ids = [None, *(b.id for b in self.chain(belief.slot)), None]
+        ids = [None, *ids_of(self.trail(belief.slot)), None]
         if (belief.prev, belief.next) not in zip(ids, ids[1:]) or belief.id in self.beliefs:
             raise DcpmError(f"{belief.id} would fork the chain of {belief.slot}; read its head again")
         before = self.beliefs.get(belief.prev)
@@ -301,7 +317,6 @@ class Store:
         else:
             self.heads[belief.slot] = belief.id
         self.beliefs[belief.id] = belief
-        self.docs.append((belief.id, belief.text))
         self._weigh(belief)
 
     def _weigh(self, belief):
@@ -314,13 +329,13 @@ class Store:
         doubt = math.prod(1 - reliability for reliability in best.values())
         belief.confidence = round(min(0.99, 1 - doubt), 4)
 
-    def chain(self, slot):
+    def trail(self, slot):
         """Beliefs of a slot, oldest first."""
         newest_first = []
-        id_ = self.heads.get(tuple(slot))
-        while id_ and len(newest_first) < len(self.beliefs):
-            newest_first.append(self.beliefs[id_])
-            id_ = self.beliefs[id_].prev
+        belief = self.head(slot)
+        while belief:
+            newest_first.append(belief)
+            belief = self.beliefs.get(belief.prev)
         return newest_first[::-1]
 
     def head(self, slot):
@@ -328,7 +343,7 @@ class Store:
 
     def as_of(self, slot, t):
         """What held on day `t`: the last node of an event time not after it. None: unknown or forgotten."""
-        known = [b for b in self.chain(slot) if b.t_event[:10] <= t[:10]]
+        known = [b for b in self.trail(slot) if b.t_event[:10] <= t[:10]]
         return known[-1] if known and known[-1].status != "suppressed" else None
 
     def live(self, ids):
@@ -348,13 +363,8 @@ class Store:
         return named or self.people[:1]
 
     def containing(self, phrase):
-        """Ids of the beliefs that say every content word of a phrase; none for a phrase without any."""
-        wanted = set(words(phrase))
-        found = []
-        for belief in self.beliefs.values() if wanted else ():
-            if wanted <= set(words(f"{belief.slot[0]} {belief.value} {belief.text}")):
-                found.append(belief.id)
-        return found
+        """Ids of the beliefs that say every content word of a phrase."""
+        return [b.id for b in self.beliefs.values() if says(f"{b.slot[0]} {b.value} {b.text}", phrase)]
 
 
 # ------------------------------------------------------------------ one embedding for reading and System2
@@ -373,7 +383,6 @@ class Vectors:
         self.embed = embed
         self.row = {}  # text -> its row in the matrix
         self.matrix = None
-        self.docs = None  # the rows of a store's docs
 
     def __call__(self, texts):
         """texts -> (n, d), dense or sparse as the encoder gives them."""
@@ -386,20 +395,13 @@ class Vectors:
                 self.row[text] = len(self.row)
         return self.matrix[[self.row[text] for text in texts]]
 
-    def of_docs(self, docs):
-        """A store's docs -> (docs, d), made anew only when something was written."""
-        if self.docs is None or self.docs.shape[0] < len(docs):
-            self.docs = self([text for _, text in docs])
-        return self.docs
-
-
 # ------------------------------------------------------------------ 2.2 System1: inside every write
 STRICT = "You maintain the memory of an assistant. Reply with one JSON object and nothing else."
 # One sample reply, on one line: without it a small model leaves out the quote and indents the JSON. What was
 # said before comes after the task: in front of it, a small model makes claims of that.
 EXTRACT = """List each claim of the new message about {speaker} or people around them, one per event, no
 hypotheses.
-"subject" is whom it is about. "attribute" is {attributes}, plan (with a date)
+"subject" is whom it is about. "attribute" is {attributes}
 or event (all else that was done or happened). "polarity" is 1 if it holds, -1 if no longer or disliked.
 "quote" is copied word for word from the new message. "forget" lists what it asks to forget.
 Sample reply to "I moved to Rome, Opel hired me. My sister Eva sold her car. At work I tidied up twice.":
@@ -436,19 +438,16 @@ def slot_of(store, claim):
     """The dimension a claim speaks about: single-valued attributes have one chain, others one per value."""
     if claim.slot:
         return claim.slot
-    value = key(claim.value)
-    if claim.attribute == "event":  # a free fact: only the same sentence confirms it, none excludes it
-        return free_slot(claim)
-    if not claim.single:
-        return claim.subject, claim.attribute, value
-    head = store.head((claim.subject, claim.attribute, None))
-    if claim.polarity == -1 and not (head and key(head.value) == value):
-        return free_slot(claim)  # "I no longer live in Rome" does not end Paris
-    return claim.subject, claim.attribute, None
-
-
-def free_slot(claim):
-    return claim.subject, "event", " ".join(re.findall(r"\w+", claim.text.lower()))
+    attribute = claim.attribute
+    member = key(claim.value)
+    if claim.single:
+        head = store.head((claim.subject, attribute, None))
+        if claim.polarity != -1 or (head and key(head.value) == member):
+            return claim.subject, attribute, None
+        attribute = "event"  # "I no longer live in Rome" does not end Paris
+    if attribute == "event":  # a free fact: only the same sentence confirms it, none excludes it
+        member = " ".join(re.findall(r"\w+", claim.text.lower()))
+    return claim.subject, attribute, member
 
 
 def same(a, b):
@@ -483,7 +482,7 @@ def decide(store, claim, slot):
         new_words = set(words(DATE.sub("", claim.text)))
         return "REFINE" if old_words < new_words else "CONFIRM", head, None
     # Told late. Making it the head, as the authors' code does, would bring back the past as the present.
-    after = next(b for b in store.chain(slot) if b.t_event > claim.t_event)
+    after = next(b for b in store.trail(slot) if b.t_event > claim.t_event)
     before = store.beliefs.get(after.prev)
     for neighbour in (before, after):
         if neighbour and same(neighbour, claim):
@@ -500,27 +499,28 @@ def write_claims(store, turn, claims):
         source = (turn.id, *claim.span, claim.reliability)
         op, before, after = decide(store, claim, slot)
         if op == "CONFIRM":
-            if any(said[0] == turn.id for said in before.sources):
+            if turn.id in told_in(before):
                 continue  # said twice in one turn: a sentence cannot confirm itself
+            id_ = before.id
             data = {"source": source}
             # Told again with an earlier date: it was true since then, but not before its predecessor.
             earliest = store.beliefs[before.prev].t_event if before.prev else ""
             if earliest <= claim.t_event < before.t_event:
                 data["t_event"] = claim.t_event
-            store.commit(op, [before.id], turn.id, **data)
-            ops.append((op, before.id))
-            continue
-        node = Belief(f"b{len(store.beliefs) + 1}", slot, claim.value, claim.polarity, claim.text,
-                      claim.t_event, turn.t, [source], claim.until)
-        if before:
-            node.prev = before.id
-            node.link_kind = "refine" if op == "REFINE" else "supersede"
-        if after:
-            node.next = after.id
-        if op == "REFINE":  # it alone takes over the sources of its predecessor, behind its own
-            node.sources += before.sources
-        store.commit(op, [node.id], turn.id, belief=asdict(node))
-        ops.append((op, node.id))
+        else:
+            id_ = f"b{len(store.beliefs) + 1}"
+            node = Belief(id_, slot, claim.value, claim.polarity, claim.text, claim.t_event, turn.t, [source],
+                          claim.until)
+            if before:
+                node.prev = before.id
+                node.link_kind = "refine" if op == "REFINE" else "supersede"
+            if after:
+                node.next = after.id
+            if op == "REFINE":  # it alone takes over the sources of its predecessor, behind its own
+                node.sources += before.sources
+            data = {"belief": asdict(node)}
+        store.commit(op, [id_], turn.id, **data)
+        ops.append((op, id_))
     return ops
 
 
@@ -557,6 +557,7 @@ MIN_STABLE = 5  # the authors': with fewer schemas too little is known about a p
 # What an inducer found. known: the schema that it extends; replaces: the schema whose opposite it is.
 Draft = namedtuple("Draft", "domain text evidence against known replaces", defaults=((), None, None))
 
+
 def two_stage_dbscan(vectors, limits):
     """Rows (n, d) -> labels (n,), -1 is noise: clusters of 3 at `cluster`; over 12, again of 2 at `tight`."""
     labels = DBSCAN(eps=1 - limits.cluster, min_samples=3, metric="cosine").fit_predict(vectors)
@@ -581,8 +582,8 @@ def mean_row(vectors):
 
 def clusters_of(memory, facts):
     """Beliefs -> (clusters of beliefs, beliefs in no cluster), by the words in which they were told."""
-    said = [memory.said(belief) for belief in facts]
-    labels = two_stage_dbscan(memory.vectors(said), memory.limits)                  # (facts,)
+    vectors = memory.vectors(list(map(memory.said, facts)))                         # (facts, d)
+    labels = two_stage_dbscan(vectors, memory.limits)                               # (facts,)
     groups = defaultdict(list)
     for belief, label in zip(facts, labels):
         groups[label].append(belief)
@@ -593,13 +594,12 @@ def clusters_of(memory, facts):
 def recount(schema, store):
     """Count again what supports a schema: s chains that hold and show it, x that show the opposite."""
     support = store.live(schema.evidence)
-    s = len({b.slot for b in support})  # a chain counts once, by its head
-    x = len({b.slot for b in store.live(schema.against)})
+    s = len(chains_of(support))  # a chain counts once, by its head
+    x = len(chains_of(store.live(schema.against)))
     # confidence = (s + 1) / (s + x + 2): Laplace's rule of succession
     schema.confidence = round((s + 1) / (s + x + 2), 4)
-    sessions = set()
-    for belief in support:
-        sessions.update(store.turns[source[0]].session for source in belief.sources)
+    turns = set().union(*map(told_in, support))
+    sessions = {store.turns[i].session for i in turns}
     if s < 2:
         schema.status = "dormant"
     elif s < 3 or len(sessions) < 2:
@@ -612,11 +612,8 @@ def plan_schemas(memory, now, schemas):
     """What the inducer finds in tonight's clusters: new schemas, more evidence for known ones."""
     for person in memory.people:
         known = [s for s in schemas.values() if s.subject == person]
-        facts = []
-        for belief in memory.beliefs.values():
-            subject, attribute, member = belief.slot
-            if holds(belief) and subject == person and attribute != "plan" and member is not None:
-                facts.append(belief)
+        slots = [slot for slot in memory.heads if slot[0] == person and slot[1] != "plan" and slot[2]]
+        facts = list(filter(holds, map(memory.head, slots)))
         if not facts:
             continue
         clusters, noise = clusters_of(memory, facts)
@@ -646,10 +643,11 @@ def collision_groups(collide):
     count, labels = connected_components(collide, directed=False)                   # labels: (schemas,)
     for label in range(count):
         group = np.flatnonzero(labels == label)
-        degree = collide[np.ix_(group, group)].sum(0)                               # (group,)
-        while degree.min() < (len(group) - 1) / 2:
+        while True:
+            degree = collide[np.ix_(group, group)].sum(0)                           # (group,)
+            if degree.min() >= (len(group) - 1) / 2:
+                break
             group = np.delete(group, degree.argmin())
-            degree = collide[np.ix_(group, group)].sum(0)
         if len(group) > 1:
             yield group.tolist()
 
@@ -659,41 +657,36 @@ def sweep(memory, now, cores, stable):
     # V_beh is the direction of the mean over a schema's sentences: as one text the longest would decide.
     means = [mean_row(memory.vectors(s.behaviour.split("\n"))) for s in stable]
     behaviour = normalize(np.stack(means))                                          # (schemas, d)
-    content = memory.vectors([s.text for s in stable])                              # (schemas, d)
+    content = memory.vectors(texts_of(stable))                                      # (schemas, d)
     domains = np.array([s.domain for s in stable])                                  # (schemas,)
     # The gate, told by the story: how far alike and unlike pairs across domains lie apart.
     pairs = np.triu(domains[:, None] != domains)                                    # (schemas, schemas)
     memory.gate[stable[0].subject] = cosines(behaviour, behaviour)[pairs]           # (pairs,)
     for group in collision_groups(collisions(behaviour, content, domains, memory.limits)):
         members = [stable[i] for i in group]
-        core = best_match(cores, members) or name_new_core(memory, now, cores, members)
-        if core:
-            core.members.extend(s.id for s in members)
+        core = best_match(cores, ids_of(members))
+        if not core:
+            text = memory.backend.name_core(members)
+            if not text:
+                continue  # a null answer is allowed: no core
+            core = Core("c" + digest(members[0].subject, text), members[0].subject, "", text, now)
+            core = cores.setdefault(core.id, core)
+        core.members += ids_of(members)
 
 
-def best_match(cores, members):
+def best_match(cores, ids):
     """The core that shares most of these schemas, then the oldest, never whichever comes first; or None."""
-    ids = {s.id for s in members}
-    known = [core for core in cores.values() if ids & set(core.members)]
-    return min(known, key=lambda core: (-len(ids & set(core.members)), core.created, core.id), default=None)
-
-
-def name_new_core(memory, now, cores, members):
-    """One sentence that explains why these schemas go together; a null answer is allowed: no core."""
-    text = memory.backend.name_core(members)
-    if not text:
-        return None
-    id_ = "c" + digest(members[0].subject, text)
-    return cores.setdefault(id_, Core(id_, members[0].subject, "", text, now))
+    def rank(core):
+        return -len({*ids} & {*core.members}), core.created, core.id
+    known = [core for core in cores.values() if not {*ids}.isdisjoint(core.members)]
+    return min(known, key=rank, default=None)
 
 
 def plan_cores(memory, now, schemas, cores):
     """What the sweep finds joins a known core or becomes one."""
     for person in memory.people:
         stable = [s for _, s in sorted(schemas.items()) if s.subject == person and s.status == "stable"]
-        said = []
-        for schema in stable:
-            said.append([memory.said(belief) for belief in memory.live(schema.evidence)])
+        said = [list(map(memory.said, memory.live(schema.evidence))) for schema in stable]
         for schema, behaviour in zip(stable, memory.backend.strip(stable, said)):
             schema.behaviour = behaviour
         stable = [s for s in stable if s.behaviour]
@@ -704,13 +697,12 @@ def plan_cores(memory, now, schemas, cores):
 def recount_core(core, schemas):
     """Its evidence is the union of its members'; it is as sure as its second best domain."""
     core.members = sorted(set(core.members))
-    evidence = set()
+    members = [schemas[i] for i in core.members if i in schemas]
+    core.evidence = sorted(set().union(*(s.evidence for s in members)))
     best = {}  # domain -> confidence of its best stable member
-    for schema in [schemas[i] for i in core.members if i in schemas]:
-        evidence.update(schema.evidence)
+    for schema in members:
         if schema.status == "stable":
             best[schema.domain] = max(schema.confidence, best.get(schema.domain, 0))
-    core.evidence = sorted(evidence)
     # confidence = the second best over domains of (best stable member's): one domain alone proves nothing
     ranked = sorted(best.values(), reverse=True)
     core.status = "stable" if len(ranked) >= 2 else "dormant"
@@ -721,25 +713,22 @@ def plan_intentions(store, now, intentions):
     """Plans with a last day, told by people who speak here."""
     for belief in store.beliefs.values():
         subject, attribute, _ = belief.slot
-        if attribute != "plan" or not belief.until or subject not in store.people:
+        if attribute != "plan" or not belief.until or belief.id in store.forgotten:
             continue
-        if belief.status == "suppressed":
-            continue
-        id_ = "i" + digest(subject, key(belief.value), belief.until)
-        new = Intention(id_, subject, "", belief.value, now, until=belief.until)
-        item = intentions.setdefault(id_, new)
-        item.evidence = sorted({*item.evidence, belief.id})
+        if subject in store.people:
+            id_ = "i" + digest(subject, key(belief.value), belief.until)
+            new = Intention(id_, subject, "", belief.value, now, until=belief.until)
+            item = intentions.setdefault(id_, new)
+            item.evidence = sorted({*item.evidence, belief.id})
     for item in intentions.values():
+        item.status = "expired" if item.until < now[:10] else "open"
         if not store.live(item.evidence):
             item.status = "withdrawn"
-        else:
-            item.status = "expired" if item.until < now[:10] else "open"
 
 
 def withdraw(store, node):
     """What cites a belief that was asked to be forgotten is gone: its text may give it away."""
-    cited = [store.beliefs[i].status for i in [*node.evidence, *node.against]]
-    if "suppressed" in cited:
+    if not store.forgotten.isdisjoint([*node.evidence, *node.against]):
         node.status = "withdrawn"
         node.confidence = 0.0
         node.evidence = []
@@ -748,12 +737,12 @@ def withdraw(store, node):
 
 def night(memory, now):
     """System2, all or nothing: first the whole plan, then one event. Without a write it only recounts."""
-    nodes = {kind: copy.deepcopy(getattr(memory, kind)) for kind in KINDS}
+    nodes = copy.deepcopy({kind: getattr(memory, kind) for kind in KINDS})
     live = {}
-    for kind in KINDS:
-        for node in nodes[kind].values():
+    for kind, found in nodes.items():
+        for node in found.values():
             withdraw(memory, node)
-        live[kind] = {i: node for i, node in nodes[kind].items() if node.status != "withdrawn"}
+        live[kind] = {i: node for i, node in found.items() if node.status != "withdrawn"}
     # The watermark: a model asked twice about the same facts may find other schemas, so it is asked once.
     has_news = memory.has_news
     if has_news:
@@ -767,12 +756,12 @@ def night(memory, now):
     plan_intentions(memory, now, nodes["intentions"])  # all: a plan that was cancelled may come back
     changes = {}
     ids = []
-    for kind in KINDS:
-        after = nodes[kind] | live[kind]
+    for kind, found in nodes.items():
+        found |= live[kind]
         before = getattr(memory, kind)
-        changed = [after[i] for i in sorted(after) if after[i] != before.get(i)]
-        changes[kind] = [asdict(node) for node in changed]
-        ids += [node.id for node in changed]
+        changed = [found[i] for i in sorted(found) if found[i] != before.get(i)]
+        changes[kind] = list(map(asdict, changed))
+        ids += ids_of(changed)
     if has_news or ids:
         memory.commit("SLEEP", ids, "", f"night of {now[:10]}", **changes)
 
@@ -786,7 +775,7 @@ Answer briefly from what is known; if it is not known, say that there is no info
 SCHEMA_LINES = 4  # a channel of their own, above the budget: the authors' quota of 40 % of ten profile lines
 PROFILE = 0.2  # share of the budget for single-valued attributes
 COMING = 0.1  # and for intentions
-RRF_K = 10  # of the fusion; fixed on two LoCoMo conversations
+RRF_K = 10  # of the fusion; fixed on two LoCoMo conversations, where 1 to 60 differ little
 
 
 class Line(namedtuple("Line", "id channel text t entries", defaults=((),))):
@@ -799,79 +788,71 @@ class Line(namedtuple("Line", "id channel text t entries", defaults=((),))):
 Recall = namedtuple("Recall", "lines text ids")
 
 
-def by_words(memory, query):
-    """Cosines of all docs with a query, rare words counting more -> (docs,)."""
-    docs = memory.word_vectors.of_docs(memory.docs)                                 # (docs, d)
-    # idf(w) = 1 + ln((N + 1) / (n + 1)), n of N docs have the word w
-    counts = np.bincount(docs.indices, minlength=docs.shape[1])                     # (d,)
-    idf = 1 + np.log((len(memory.docs) + 1) / (counts + 1))                         # (d,)
-    weighted = memory.word_vectors.embed([query]).multiply(idf ** 2)                # (1, d)
-    return cosines(docs, normalize(weighted))[:, 0]
-
-
-def by_meaning(memory, query):
-    """The same by the sentence encoder -> (docs,)."""
-    return cosines(memory.vectors.of_docs(memory.docs), memory.vectors.embed([query]))[:, 0]
-
-
-def with_neighbours(scores, follows, least):
+def with_neighbours(memory, scores, least):
     """A turn's own score, half of the turn before and a quarter of the one after; 0 where under `least`."""
     # an answer seldom repeats the words of its question
-    earlier, later = np.array(follows, int).reshape(-1, 2).T                        # (pairs,), (pairs,)
-    total = scores.copy()                                                           # (docs,)
-    total[later] += 0.5 * scores[earlier]
-    total[earlier] += 0.25 * scores[later]
+    total = scores.copy()                                                           # (records,)
+    last = {}  # session -> place of its last turn
+    for place, turn in enumerate(memory.turns.values()):
+        before = last.get(turn.session, place)
+        if before < place:
+            total[place] += 0.5 * scores[before]
+            total[before] += 0.25 * scores[place]
+        last[turn.session] = place
     return np.where(total >= least, total, 0)
 
 
 def fuse(rankings):
-    """Several scores of the docs, each (docs,) -> one, by the ranks alone; 0 is no rank."""
-    fused = np.zeros(len(rankings[0]))                                              # (docs,)
+    """Several scores of the records, each (records,) -> one, by the ranks alone; 0 is no rank."""
+    fused = 0
     for scores in rankings:
-        order = np.argsort(-scores, kind="stable")                                  # (docs,)
-        ranks = np.empty(len(order))                                                # (docs,)
-        ranks[order] = np.arange(1, len(order) + 1)
+        order = np.argsort(-scores, kind="stable")                                  # (records,)
+        ranks = 1 + np.argsort(order)                                               # (records,)
         # score(d) = sum over rankings of 1 / (k + rank(d)): Cormack et al. 2009
-        fused += np.where(scores > 0, 1 / (RRF_K + ranks), 0)
+        fused = fused + np.where(scores > 0, 1 / (RRF_K + ranks), 0)
     return fused
 
 
 def search(memory, question):
     """Turns and beliefs by relevance: [(score, id)], best first. A superseded one brings its chain."""
-    if not memory.docs:
+    if not memory.turns:
         return []
+    texts = texts_of([*memory.turns.values(), *memory.beliefs.values()])
     # Names are no search words: in a dialogue it is mostly the *other* speaker who says one.
     names = set(words(" ".join(memory.people)))
-    query = " ".join(w for w in question.split() if not names & set(words(w))) or question
-    scores = with_neighbours(by_words(memory, query), memory.follows, LIMITS["words"].hit)  # (docs,)
+    query = " ".join(w for w in question.split() if names.isdisjoint(words(w))) or question
+    docs = memory.word_vectors(texts)                                               # (records, d)
+    # idf(w) = 1 + ln((N + 1) / (n + 1)), n of N records have the word w
+    idf = 1 + np.log((len(texts) + 1) / (docs.getnnz(0) + 1))                       # (d,)
+    weighted = normalize(memory.word_vectors.embed([query]).multiply(idf ** 2))     # (1, d)
+    scores = with_neighbours(memory, cosines(docs, weighted)[:, 0], LIMITS["words"].hit)  # (records,)
     if memory.encoder != "words":
-        meaning = with_neighbours(by_meaning(memory, query), memory.follows, memory.limits.hit)
-        scores = fuse([scores, meaning])
+        meaning = cosines(memory.vectors(texts), memory.vectors.embed([query]))[:, 0]
+        scores = fuse([scores, with_neighbours(memory, meaning, memory.limits.hit)])
+    ids = [*memory.turns, *memory.beliefs]
     found = []
     for place in np.argsort(-scores, kind="stable")[:300]:
-        id_ = memory.docs[place][0]
-        if scores[place] > 0 and id_ not in memory.hidden:
-            found.append((float(scores[place]), id_))
+        if scores[place] > 0 and ids[place] not in memory.hidden:
+            found.append((float(scores[place]), ids[place]))
     return found
 
 
 def is_supported(memory, node):
     """Is enough of its evidence alive now? By day no write touches a node, so the reader looks."""
-    chains = {b.slot for b in memory.live(node.evidence)}
-    forgotten = any(memory.beliefs[i].status == "suppressed" for i in node.evidence)
-    return node.status == "stable" and len(chains) >= 2 and not forgotten
+    chains = chains_of(memory.live(node.evidence))
+    return node.status == "stable" and len(chains) >= 2 and memory.forgotten.isdisjoint(node.evidence)
 
 
 def visible_schemas(memory, question, now, with_cores):
     """Schemas and cores to show, best first: those of the question's domain, cores, the rest."""
     def rank(node):  # decay is applied while reading: stored, it would depend on how often System2 runs
         seen = max(memory.beliefs[i].t_seen for i in node.evidence)
-        idle = (date.fromisoformat(now[:10]) - date.fromisoformat(seen[:10])).days
-        # half-life: half a year without new evidence
-        return -node.confidence * 2 ** (-max(0, idle) / 180), node.id
-    schemas = sorted([s for s in memory.schemas.values() if is_supported(memory, s)], key=rank)
+        idle = max(0, (day_of(now) - day_of(seen)).days)
+        return -node.confidence * 2 ** (-idle / 180), node.id  # half-life: half a year without new evidence
+    schemas = [s for s in memory.schemas.values() if is_supported(memory, s)]
     if not schemas:
         return []
+    schemas.sort(key=rank)
     cores = []
     for core in memory.cores.values() if with_cores else ():
         domains = {s.domain for s in schemas if s.id in core.members}
@@ -879,7 +860,7 @@ def visible_schemas(memory, question, now, with_cores):
             cores.append(core)
     # Schemas of the question's own domain come first; where it has none, cores speak for it.
     query = memory.vectors.embed([question])                                        # (1, d)
-    close = cosines(memory.vectors([s.text for s in schemas]), query)[:, 0]         # (schemas,)
+    close = cosines(memory.vectors(texts_of(schemas)), query)[:, 0]                 # (schemas,)
     of_domain = [s for s, cosine in zip(schemas, close) if cosine >= memory.limits.domain]
     others = [s for s in schemas if s not in of_domain]
     return of_domain + sorted(cores, key=rank) + others
@@ -887,7 +868,7 @@ def visible_schemas(memory, question, now, with_cores):
 
 def chain_line(store, slot):
     """A chain as one line, "Paris (2024-01-05) → Berlin (2025-03-01, current)"; no suppressed nodes."""
-    chain = [b for b in store.chain(slot) if b.status != "suppressed"]
+    chain = [b for b in store.trail(slot) if b.status != "suppressed"]
     if not chain:
         return None
     last = chain[-1]
@@ -907,8 +888,8 @@ def chain_line(store, slot):
 
 
 def chain_lines(store, slots):
-    lines = [chain_line(store, slot) for slot in slots]
-    return [line for line in lines if line]
+    lines = (chain_line(store, slot) for slot in slots)
+    return list(filter(None, lines))
 
 
 def intention_lines(memory, now):
@@ -917,6 +898,21 @@ def intention_lines(memory, now):
     for item in sorted(memory.intentions.values(), key=lambda item: (item.until, item.id)):
         if item.status == "open" and item.until >= now[:10] and memory.live(item.evidence):
             lines.append(Line(item.id, "intention", f"planned until {item.until}: {item.text}", item.until))
+    return lines
+
+
+def hit_lines(memory, question):
+    """What the search finds, a belief as its chain; not the turns on which a belief before them rests."""
+    lines = []
+    cited = set()
+    for _, id_ in search(memory, question):
+        if id_ in memory.beliefs:
+            belief = memory.beliefs[id_]
+            lines += chain_lines(memory, [belief.slot])
+            cited.update(told_in(belief))
+        elif id_ not in cited:
+            turn = memory.turns[id_]
+            lines.append(Line(id_, "raw", f"{turn.t[:10]} {turn.speaker}: {turn.text}", turn.t))
     return lines
 
 
@@ -934,38 +930,6 @@ def state_order(line):
     """Cores, schemas, then everything by time."""
     kind = {"c": 0, "s": 1}.get(line.id[0], 2)
     return kind, line.t, line.id
-
-
-def recall(memory, question, now, budget, with_schemas, with_cores):
-    """Question -> Recall within `budget` tokens, SCHEMA_LINES schemas and cores beside it, no filler."""
-    chosen = {}
-    if with_schemas:
-        for node in visible_schemas(memory, question, now, with_cores)[:SCHEMA_LINES]:
-            chosen[node.id] = Line(node.id, "schema", node.text, node.created)
-    # The attribute asked about comes first; small fixed shares next, so that many hits cannot push them out.
-    asked = [(*pair, None) for pair in memory.backend.asks_for(memory, question)]
-    people = memory.mentioned(question)
-    profile = [slot for slot in memory.heads if slot[0] in people and slot[2] is None]
-    left = fill(chosen, chain_lines(memory, asked), budget)
-    for lines, share in ((chain_lines(memory, profile), PROFILE), (intention_lines(memory, now), COMING)):
-        tokens = min(left, int(budget * share))
-        left -= tokens - fill(chosen, lines, tokens)
-    cited = set()  # turns that a chosen belief rests on: they would say it again
-    for _, id_ in search(memory, question):
-        if id_ in cited:
-            continue
-        if id_ in memory.turns:
-            turn = memory.turns[id_]
-            line = Line(id_, "raw", f"{turn.t[:10]} {turn.speaker}: {turn.text}", turn.t)
-            left = fill(chosen, [line], left)
-            continue
-        belief = memory.beliefs[id_]
-        lines = chain_lines(memory, [belief.slot])
-        left = fill(chosen, lines, left)
-        if lines and lines[0].id in chosen:
-            cited.update(source[0] for source in belief.sources)
-    lines = sorted(chosen.values(), key=state_order)
-    return Recall(lines, "\n".join(map(str, lines)), [line.id for line in lines])
 
 
 # ------------------------------------------------------------------ the memory
@@ -990,7 +954,7 @@ class Memory(Store):
         """[(text, t, session, speaker)] -> [[(op, id)]]. All turns are extracted in one batch."""
         turns = list(turns)
         for _, t, *_ in turns:
-            if str(date.fromisoformat(t[:10])) != t[:10]:  # dates are compared as strings
+            if str(day_of(t)) != t[:10]:  # dates are compared as strings
                 raise DcpmError(f"{t!r} does not start with a date like 2024-05-01")
         kept = []
         for text, t, session, speaker in turns:
@@ -1014,16 +978,12 @@ class Memory(Store):
         """Suppress beliefs and hide the turns that say them; nothing is deleted. -> ids."""
         speaker = self.turns[turn].speaker if turn else [*self.people, "user"][0]
         ids = self.backend.forgets(self, what, speaker)
-        ids = [i for i in ids if self.beliefs[i].status != "suppressed"]
+        ids = sorted(set(ids) - self.forgotten)
         if not ids:
             return []
-        secrets = [words(what)] + [words(self.beliefs[i].value) for i in ids]
-        secrets = [set(secret) for secret in secrets if secret]
         hide = {turn} - {""}
-        for told in self.turns.values():
-            said = set(words(told.text))
-            if any(secret <= said for secret in secrets):
-                hide.add(told.id)
+        for secret in (what, *(self.beliefs[i].value for i in ids)):
+            hide.update(told.id for told in self.turns.values() if says(told.text, secret))
         self.commit("SUPPRESS", ids, turn, "asked to forget", hide=sorted(hide))
         return ids
 
@@ -1032,12 +992,23 @@ class Memory(Store):
         night(self, now)
 
     def recall(self, question, now, budget=800, with_schemas=True, with_cores=True):
-        """What to show for a question: Recall(lines, text, ids)."""
-        return recall(self, question, now, budget, with_schemas, with_cores)
-
-    def trail(self, slot):
-        """The versions of a slot, oldest first."""
-        return self.chain(slot)
+        """Question -> Recall within `budget` tokens, SCHEMA_LINES schemas and cores beside it, no filler."""
+        chosen = {}
+        if with_schemas:
+            for node in visible_schemas(self, question, now, with_cores)[:SCHEMA_LINES]:
+                chosen[node.id] = Line(node.id, "schema", node.text, node.created)
+        # What is asked for comes first; small fixed shares next, so that many hits cannot push them out.
+        pairs = self.backend.asks_for(self, question)
+        asked = [slot for slot in self.heads if slot[:2] in pairs]
+        people = self.mentioned(question)
+        profile = [slot for slot in self.heads if slot[0] in people and slot[2] is None]
+        left = budget
+        for lines, share in ((chain_lines(self, asked), 1), (chain_lines(self, profile), PROFILE),
+                             (intention_lines(self, now), COMING), (hit_lines(self, question), 1)):
+            tokens = min(left, int(budget * share))
+            left -= tokens - fill(chosen, lines, tokens)
+        lines = sorted(chosen.values(), key=state_order)
+        return Recall(lines, "\n".join(map(str, lines)), ids_of(lines))
 
     def answer(self, question, now):
         """-> (text, ids that it rests on)."""
@@ -1048,12 +1019,11 @@ class Memory(Store):
         node = ChainMap(self.cores, self.schemas, self.intentions, self.beliefs, self.turns).get(id_)
         if node is None:
             raise DcpmError(f"there is no record {id_!r}; recall(...).ids lists the ids you can ask about")
-        cited = getattr(node, "evidence", None)  # []: a higher node that the night withdrew
-        status = {getattr(node, "status", "")}
-        status.update(self.beliefs[i].status for i in cited or ())
-        if id_ in self.hidden or "suppressed" in status or cited == []:
+        cited = getattr(node, "evidence", ())
+        withdrawn = cited == []  # a higher node that the night withdrew
+        if id_ in self.hidden or withdrawn or not self.forgotten.isdisjoint([id_, *cited]):
             return {"id": id_, "text": "(forgotten on request)", "because": []}
-        because = [self.why(i) for i in getattr(node, "members", cited or ())]
+        because = [self.why(i) for i in getattr(node, "members", cited)]
         for turn_id, start, end, _ in getattr(node, "sources", ()):
             turn = self.turns[turn_id]
             said = turn.text[start:end]
@@ -1102,49 +1072,56 @@ class Backend:
 
 
 # One row an attribute, the first that fits is read. To teach the memory a new one, add a row.
-# name | one value at a time or many | a hint for a model | how it is said | how a question asks for it
+# name, with a hint for a model | one value at a time or many | how it is said | how a question asks for it
 # In what is said, NAME is a value with a capital letter ("I joined a gym" is no job), VALUE any; "+" holds,
-# "@" too, but only with a date, "-" no longer, "0" taken back. "I" is whoever it is about, "my" theirs.
+# "@" too, but only with a date, ">" with one to come, "-" no longer, "0" taken back. "I" is whoever it is
+# about, "my" is theirs.
 TABLE = """
-residence | one | a place | + I lives? in NAME; + I (am|is) (living |back )?in NAME; \
+plan (with a date) | many | > I (am|is|will|plan to) VALUE | -
+residence (a place) | one | + I lives? in NAME; + I (am|is) (living |back )?in NAME; \
 + I moved (back )?to NAME; @ I (lived|was living) in NAME | live|lived|moved? to
-employer | one | a company | + I works? (at|for) NAME; + I joined NAME; + I started (working )?at NAME; \
+employer (a company) | one | + I works? (at|for) NAME; + I joined NAME; + I started (working )?at NAME; \
 + I switched to NAME; @ I worked (at|for) NAME; 0 I (lost|quit|left) (my|his|her) job | work|employer|job
-occupation | one | a profession | + my job is an? VALUE; + I works? as an? VALUE | profession|job
-name | one | their own | + my name is NAME; + I (am|is) called NAME | my name|'s name|am I called
-partner | one | - | + I (am|is) (married|engaged) to VALUE | partner|married|engaged
-diet | one | - | + I (am|is|became) an? (?P<value>vegan|vegetarian) | diet
-condition | many | health | + I have (?P<value>migraines?|asthma|diabetes|insomnia|allergies)( .*)? | -
-possession | many | - | + I (have|has|own|owns|bought|got|adopted) an? VALUE; \
+occupation (a profession) | one | + my job is an? VALUE; + I works? as an? VALUE | profession|job
+name (their own) | one | + my name is NAME; + I (am|is) called NAME | my name|'s name|am I called
+partner | one | + I (am|is) (married|engaged) to VALUE | partner|married|engaged
+diet | one | + I (am|is|became) an? (?P<value>vegan|vegetarian) | diet
+condition (health) | many | + I have (?P<value>migraines?|asthma|diabetes|insomnia|allergies)( .*)? | -
+possession | many | + I (have|has|own|owns|bought|got|adopted) an? VALUE; \
 - I (sold|lost|gave away) (my|his|her) VALUE | -
-hobby | many | - | + I (plays?|took up) VALUE | -
-likes | many | - | + I (likes?|loves?|enjoys?|(am|is) [a-z]+ing(?= .+ again)) VALUE; \
+hobby | many | + I (plays?|took up) VALUE | -
+likes | many | + I (likes?|loves?|enjoys?|(am|is) [a-z]+ing(?= .+ again)) VALUE; \
 - I (dislikes?|hates?|gave up|stopped|quit) VALUE | -"""
-# frames: [(sign, pattern)]
-Attribute = namedtuple("Attribute", "single hint frames asked")
+# told: the name and its hint; frames: [(sign, pattern)]
+Attribute = namedtuple("Attribute", "told single frames asked")
 
 
 def read_table(table):
     """The rows -> {name: Attribute}."""
     attributes = {}
     for row in table.strip().split("\n"):
-        name, how_many, hint, said, asked = row.split(" | ")
+        told, how_many, said, asked = row.split(" | ")
         frames = []
         for frame in said.split("; "):
             sign, pattern = frame.split(" ", 1)
             pattern = pattern.replace("NAME", "(the )?(?P<value>(?-i:[A-Z]).+)")
             pattern = pattern.replace("VALUE", "(?P<value>.+)")
             frames.append((sign, re.compile(f"^{pattern}$", re.I)))
-        asked = None if asked == "-" else re.compile(rf"\b({asked})\b", re.I)
-        attributes[name] = Attribute(how_many == "one", hint.strip("-"), frames, asked)
+        question = re.compile(rf"\b({asked})\b", re.I) if asked != "-" else None
+        attributes[told.split(" ")[0]] = Attribute(told, how_many == "one", frames, question)
     return attributes
 
 
 ATTRIBUTES = read_table(TABLE)
 
 
-def is_single(attribute):
-    return attribute in ATTRIBUTES and ATTRIBUTES[attribute].single
+def placed(claim, speaker, words_said, t):
+    """A claim with its dates, and what follows from its attribute and from who tells it."""
+    claim.t_event, until = read_date(words_said, t)
+    claim.until = until if claim.attribute == "plan" else ""
+    claim.single = claim.attribute in ATTRIBUTES and ATTRIBUTES[claim.attribute].single
+    claim.reliability = 0.9 if claim.subject == speaker else 0.4
+    return claim
 
 
 # ------------------------------------------------------------------ a language model and a sentence encoder
@@ -1162,42 +1139,26 @@ class LLM(Backend):
     def ask(self, kind, prompts, check):
         """prompts -> [check(JSON object) or None], all prompts in one batch; three tries each."""
         import common  # only here: the rule backend needs neither torch nor transformers
-        talks = []
-        for prompt in prompts:
-            talks.append([{"role": "system", "content": STRICT}, {"role": "user", "content": prompt}])
+        system = {"role": "system", "content": STRICT}
+        talks = [[system, {"role": "user", "content": prompt}] for prompt in prompts]
         replies = common.ask(self.chat, talks, check, tally=self.tally)
         self.failures[kind] += replies.count(None)
         return replies
 
     def extract(self, memory, turns):
-        hints = []
-        for name, attribute in ATTRIBUTES.items():
-            hints.append(f"{name} ({attribute.hint})" if attribute.hint else name)
-        asked = []
-        prompts = []
-        for turn in turns:
-            text = re.sub(r"[^.!?\n]*\?+", "", turn.text).strip()  # a model makes claims of questions
-            if turn.speaker == "assistant" or not words(text):
-                continue
-            asked.append(turn)
-            prompts.append(EXTRACT.format(t=turn.t, before=before(memory, turn) or "(none)", text=text,
-                                          speaker=turn.speaker, attributes=", ".join(hints)))
+        asked = [turn for turn in turns if turn.speaker != "assistant" and words(statements(turn))]
+        prompts = [extract_prompt(memory, turn) for turn in asked]
         checks = [functools.partial(read_claims, turn) for turn in asked]
-        replies = self.ask("extract", prompts, checks)
-        found = {turn.id: reply or (None, []) for turn, reply in zip(asked, replies)}
-        return [found.get(turn.id, ([], [])) for turn in turns]
+        replies = dict(zip(asked, self.ask("extract", prompts, checks)))
+        return [replies.get(turn, ([], [])) or (None, []) for turn in turns]
 
     def reconcile(self, memory, claims):
         """Match claims to the chains they belong to. A single slot needs no model to be found."""
         shown = near_chains(memory, [claim.text for claim in claims if not claim.single])
         if not shown:
             return  # nothing near: the decision table needs no help
-        chains = []
-        for id_, chain in shown.items():
-            versions = [f"{b.text} ({b.t_event[:10]})" for b in chain]
-            chains.append(f"[{id_}] {' -> '.join(versions)}")
         items = [f"{i}. {claim.text}" for i, claim in enumerate(claims)]
-        prompt = RECONCILE.format(chains="\n".join(chains), items="\n".join(items))
+        prompt = RECONCILE.format(chains="\n".join(shown.values()), items="\n".join(items))
         check = functools.partial(read_operations, shown, len(claims))
         for id_, (item, op) in (self.ask("reconcile", [prompt], check)[0] or {}).items():
             claim = claims[item]
@@ -1220,15 +1181,13 @@ class LLM(Backend):
 
     def induce(self, memory, clusters, noise, known):
         """Every cluster with a fact that no schema cites yet, and the facts in no cluster, in portions."""
-        cited = set()
-        for schema in known:
-            cited.update(schema.evidence, schema.against)
+        cited = set().union(*(s.evidence + s.against for s in known))
         groups = [cluster[:30] for cluster in clusters]
         groups += [noise[i:i + 30] for i in range(0, len(noise), 30)]
         prompts = []
         checks = []
         for group in groups:
-            ids = {belief.id for belief in group}
+            ids = set(ids_of(group))
             if len(group) < 3 or ids <= cited:
                 continue
             facts = [f"[{b.id}] {b.t_event[:10]} {memory.said(b)}" for b in group]
@@ -1236,19 +1195,17 @@ class LLM(Backend):
             if known:
                 prompt += KNOWN.format(known="\n".join(f"[{s.id}] {s.domain}: {s.text}" for s in known))
             prompts.append(prompt)
-            checks.append(functools.partial(read_drafts, ids, {None, *(s.id for s in known)}))
-        drafts = []
-        for reply in self.ask("induce", prompts, checks):
-            drafts += reply or []
-        return drafts
+            checks.append(functools.partial(read_drafts, ids, {None, *ids_of(known)}))
+        replies = self.ask("induce", prompts, checks)
+        return sum(filter(None, replies), [])
 
     def strip(self, schemas, said):
         """A schema's text never changes, so it is asked for once."""
         new = [s for s in schemas if not s.behaviour]
-        prompts = [STRIP.format(text=s.text) for s in new]
+        prompts = [STRIP.format(text=text) for text in texts_of(new)]
         replies = self.ask("strip", prompts, lambda data: " ".join(str(data["behaviour"] or "").split()))
-        texts = {s.id: text or "" for s, text in zip(new, replies)}
-        return [s.behaviour or texts[s.id] for s in schemas]
+        texts = dict(zip(ids_of(new), replies))
+        return [s.behaviour or texts[s.id] or "" for s in schemas]
 
     def name_core(self, members):
         prompt = CORE.format(schemas="\n".join(f"{s.domain}: {s.text}" for s in members))
@@ -1263,11 +1220,19 @@ class LLM(Backend):
         return reply or "(no answer)", context.ids
 
 
-def before(memory, turn):
-    """The last two turns of the sitting, which may say what the new one is about."""
+def statements(turn):
+    """A turn without its questions: a model makes claims of them."""
+    return re.sub(r"[^.!?\n]*\?+", "", turn.text).strip()
+
+
+def extract_prompt(memory, turn):
+    """EXTRACT with the last two turns of the sitting, which may say what the new one is about."""
     sitting = [t for t in memory.turns.values() if t.session == turn.session]
     last = sitting[:sitting.index(turn)][-2:]
-    return "\n".join(f"{t.speaker}: {t.text[:300]}" for t in last if t.id not in memory.hidden)
+    before = "\n".join(f"{t.speaker}: {t.text[:300]}" for t in last if t.id not in memory.hidden)
+    attributes = ", ".join(row.told for row in ATTRIBUTES.values())
+    return EXTRACT.format(t=turn.t, before=before or "(none)", text=statements(turn), speaker=turn.speaker,
+                          attributes=attributes)
 
 
 def read_claims(turn, data):
@@ -1284,29 +1249,26 @@ def read_claims(turn, data):
         subject = str(fields.get("subject") or turn.speaker).lower().removeprefix("the ")
         if subject in ("user", "i", "me", turn.speaker.lower()):
             subject = turn.speaker
-        t_event, until = read_date(found[0], turn.t)
-        if attribute not in (*ATTRIBUTES, "plan") or (attribute == "plan" and not until):
+        until = read_date(found[0], turn.t)[1]
+        if attribute not in ATTRIBUTES or (attribute == "plan" and not until):
             attribute = "event"  # a plan without an end is none
-        claim = Claim(attribute, value[:200], str(fields["text"])[:500], found.span(), subject, polarity, t_event)
-        claim.single = is_single(attribute)
-        claim.reliability = 0.9 if subject == turn.speaker else 0.4
-        claim.until = until if attribute == "plan" else ""
-        claims.append(claim)
-    phrases = [str(phrase) for phrase in data.get("forget") or []]
-    return claims, [phrase for phrase in phrases if words(phrase)]
+        claim = Claim(attribute, value[:200], str(fields["text"])[:500], found.span(), subject, polarity)
+        claims.append(placed(claim, turn.speaker, found[0], turn.t))
+    return claims, list(filter(words, map(str, data.get("forget") or [])))
 
 
 def near_chains(memory, texts):
-    """The chains of the 20 beliefs nearest to new texts: {id of the head: chain}."""
+    """The chains of the 20 beliefs nearest to new texts: {id of the head: its chain as a line}."""
     known = [b for b in memory.beliefs.values() if b.slot[2] is not None]
     shown = {}
     if not known or not texts:
         return shown
-    near = cosines(memory.vectors([b.text for b in known]), memory.vectors(texts)).max(1)  # (beliefs,)
+    near = cosines(memory.vectors(texts_of(known)), memory.vectors(texts)).max(1)   # (beliefs,)
     for i in np.argsort(-near, kind="stable")[:20]:
         head = memory.head(known[i].slot)
         if near[i] >= memory.limits.near and head.status == "active":
-            shown[head.id] = [b for b in memory.chain(head.slot) if b.status != "suppressed"]
+            versions = [b for b in memory.trail(head.slot) if b.status != "suppressed"]
+            shown[head.id] = f"[{head.id}] " + " -> ".join(f"{b.text} ({b.t_event[:10]})" for b in versions)
     return shown
 
 
@@ -1327,16 +1289,16 @@ def read_drafts(shown, known, data):
     """The reply to INDUCE -> drafts, refused if they name an id that was not shown."""
     drafts = []
     for fields in data["schemas"]:
-        evidence = sorted(set(fields.get("evidence") or []))
-        against = sorted(set(fields.get("against") or []))
-        extends = fields.get("known")
-        replaces = fields.get("replaces")
-        if not {*evidence, *against} <= shown or not {extends, replaces} <= known:
+        domain = fields["domain"]
+        text = fields["text"]
+        evidence = set(fields.get("evidence") or [])
+        against = set(fields.get("against") or [])
+        links = (fields.get("known"), fields.get("replaces"))
+        if not evidence | against <= shown or not known.issuperset(links):
             raise ValueError("all ids must be among those shown: facts, or known regularities")
-        if not fields["domain"] or not fields["text"]:
+        if not domain or not text:
             raise ValueError("domain and text must not be empty")
-        domain = str(fields["domain"]).lower()
-        drafts.append(Draft(domain, str(fields["text"])[:300], evidence, against, extends, replaces))
+        drafts.append(Draft(str(domain).lower(), str(text)[:300], sorted(evidence), sorted(against), *links))
     return drafts
 
 
@@ -1403,23 +1365,23 @@ for row in LEXICON.strip().split("\n"):
         POLES[name] = (opposite[0], gloss)
         for cue in (gloss, *cues.split(", ")):  # a schema's own text shows its pole
             CUES.append((f" {' '.join(map(stem, cue.split()))} ", name))
-DOMAINS = {
-    "cooking": "cook dinner bake cake stew kitchen meal recipe lunch soup roast pasta",
-    "travel": "trip flight journey travel hotel holiday vacation airport ferry",
-    "work": "work report office meeting presentation client deadline project colleague conference",
-    "garden": "garden flower bed seed tomato lawn hedge rose compost greenhouse",
-    "sport": "run marathon gym race hike swim workout climb",
-    "home": "flat apartment kitchenette shelf shelves wall furniture bedroom repair bathroom",
-    "music": "guitar concert song piano choir record band gig melody",
-    "study": "exam course class lecture essay thesis study homework seminar",
-    "party": "birthday party wedding celebration anniversary picnic reunion",
-    "gifts": "gift present gifts presents wrapping",
-    "pets": "dog puppy cat kitten vet leash aquarium",
-    "photo": "photo camera portrait lens album darkroom"}
+DOMAINS = """
+cooking: cook dinner bake cake stew kitchen meal recipe lunch soup roast pasta
+travel: trip flight journey travel hotel holiday vacation airport ferry
+work: work report office meeting presentation client deadline project colleague conference
+garden: garden flower bed seed tomato lawn hedge rose compost greenhouse
+sport: run marathon gym race hike swim workout climb
+home: flat apartment kitchenette shelf shelves wall furniture bedroom repair bathroom
+music: guitar concert song piano choir record band gig melody
+study: exam course class lecture essay thesis study homework seminar
+party: birthday party wedding celebration anniversary picnic reunion
+gifts: gift present gifts presents wrapping
+pets: dog puppy cat kitten vet leash aquarium
+photo: photo camera portrait lens album darkroom"""
 NOUNS = {}  # stem -> domain
-for domain, nouns in DOMAINS.items():
-    for noun in nouns.split():
-        NOUNS[stem(noun)] = domain
+for row in DOMAINS.strip().split("\n"):
+    domain, nouns = row.split(": ")
+    NOUNS.update(dict.fromkeys(map(stem, nouns.split()), domain))
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -1468,7 +1430,6 @@ WHO = rf"(?P<who>(?:{RELATIVES})\b(?: [A-Z][a-z]+\b)?)"
 SUBJECT = re.compile(rf"^(?P<lead>.{{0,40}}?)\b(?:I|[Mm]y {WHO}) (?P<rest>.+)$", re.S)
 OWNER = re.compile(rf"^(?P<lead>.{{0,40}}?)\b[Mm]y (?:{WHO}'s )?(?P<rest>.+)$", re.S)
 SHORT = {"’": "'", "I'm": "I am", "I'll": "I will", "I've": "I have", "n't": " not"}
-PLAN = re.compile(r"^I (?:am|is|will|plan to) (?P<value>.+)$", re.I)
 START = r"^(?P<start>I(?: am| is| have| will)?|my [a-z ]+? is)"
 NOT = re.compile(rf"{START} (?:(?:(?:do |does |did )?not(?: going to)?|no longer|never|used to) )", re.I)
 ADVERB = re.compile(rf"{START} (?:(?:still|now|also|just|currently|really|finally) )+", re.I)
@@ -1514,31 +1475,20 @@ def read_clause(clause, me, t):
     if UNSURE.search(full):
         return None
     t_event, until = read_date(full, t)
-    claim = read_frame("my " + owner["rest"], owner["lead"], t_event != t) if owner else None
+    claim = read_frame(f"my {owner['rest']}", owner["lead"], t_event != t, until) if owner else None
     match = owner if claim else subject
     if not match:
         return None
-    if not claim:
-        said = "I " + subject["rest"]
-        claim = until and read_plan(said, until) or read_frame(said, subject["lead"], t_event != t)
+    claim = claim or read_frame(f"I {match['rest']}", match["lead"], t_event != t, until)
     if not claim:  # no frame fits: the whole clause, with its "not"
         claim = Claim("event", full)
-    claim.t_event = t_event
     claim.subject = me
     if match["who"]:
         claim.subject = match["who"] if me == "user" else f"{me}'s {match['who']}"
-        claim.reliability = 0.4
-    return claim
+    return placed(claim, me, full, t)
 
 
-def read_plan(said, until):
-    """"I am flying to Rome" -> Claim, or None."""
-    positive, sign = without_not(said)
-    match = PLAN.match(positive)
-    return Claim("plan", tidy(match["value"]), polarity=sign, until=until) if match else None
-
-
-def read_frame(said, lead, is_dated):
+def read_frame(said, lead, is_past, until):
     """A clause that begins with "I" or "my" -> the Claim of the first frame that fits, or None."""
     if not LEAD.match(lead):
         return None
@@ -1546,12 +1496,12 @@ def read_frame(said, lead, is_dated):
     for attribute, row in ATTRIBUTES.items():
         for mark, pattern in row.frames:
             match = pattern.match(positive)
-            if not match or (mark == "@" and not is_dated):
+            if not match or (mark == "@" and not is_past) or (mark == ">" and not until):
                 continue  # "I lived in Rome" tells no date
             value = tidy(match.groupdict().get("value", ""))
             polarity = {"-": -1, "0": 0}.get(mark, 1)
             if key(value) or polarity == 0:
-                return Claim(attribute, value, polarity=polarity * sign, single=row.single)
+                return Claim(attribute, value, polarity=polarity * sign)
     return None
 
 
@@ -1583,12 +1533,12 @@ class Rules(Backend):
         """Nothing to do: a frame names its slot."""
 
     def forgets(self, memory, phrase, who="user"):
-        """As a claim ("I live in Paris") it names a slot and a value; else all its content words must occur."""
-        claim = read_clause(phrase, who, memory.clock or "2000-01-01")
+        """As a claim ("I live in Paris") it names a slot and a value; else all its content words count."""
+        claim = read_clause(phrase, who, "0001-01-01")  # every date is to come
         ids = []
         if claim and claim.attribute != "event":
-            chain = memory.chain(slot_of(memory, claim))
-            ids = [b.id for b in chain if key(b.value) == key(claim.value)]
+            chain = memory.trail(slot_of(memory, claim))
+            ids = ids_of(b for b in chain if key(b.value) == key(claim.value))
         return ids or memory.containing(phrase)
 
     def asks_for(self, memory, question):
@@ -1599,49 +1549,40 @@ class Rules(Backend):
 
     def induce(self, memory, clusters, noise, known):
         """At most one draft a cluster: the domain and the behaviour that most of its sentences show."""
-        pool = sum(clusters, [])
+        pool = sum(clusters, noise)
         ids = {schema.text: schema.id for schema in known}
         for cluster in clusters:  # facts in no cluster give none: what DBSCAN finds decides
-            domain = most_common(filter(None, (domain_of(b.text) for b in cluster)))
-            shown = []
-            for belief in cluster:
-                shown += poles_of(belief.text)
-            pole = most_common(shown)
+            domain = most_common(filter(None, map(domain_of, texts_of(cluster))))
+            pole = most_common(sum(map(poles_of, texts_of(cluster)), ()))
             if not domain or not pole:
                 continue
             opposite = POLES[pole][0]
             person = cluster[0].slot[0].replace("user", "the user")
             text = f"In {domain}, {person} {POLES[pole][1]}."
             reverse = f"In {domain}, {person} {POLES[opposite][1]}."
-            against = []
-            for belief in pool + noise:
-                if domain_of(belief.text) == domain and opposite in poles_of(belief.text):
-                    against.append(belief.id)
-            evidence = [b.id for b in cluster if b.id not in against]
+            against = ids_of(b for b in pool if domain_of(b.text) == domain and opposite in poles_of(b.text))
+            evidence = {*ids_of(cluster)} - {*against}
             yield Draft(domain, text, evidence, against, ids.get(text), ids.get(reverse))
 
     def strip(self, schemas, said):
         """The cluster's own sentences without the nouns of their domain: V_beh is made of real words."""
         behaviours = []
         for schema, texts in zip(schemas, said):
-            kept = [without_nouns(text, schema.domain) for text in texts]
-            behaviours.append("\n".join(kept))
+            behaviours.append("\n".join(without_nouns(text, schema.domain) for text in texts))
         return behaviours
 
     def name_core(self, members):
-        gloss = Counter(m.text.split(", ", 1)[1] for m in members).most_common(1)[0][0]
+        gloss = most_common(s.text.split(", ", 1)[1] for s in members)
         return f"In unrelated parts of life, {gloss}"
 
     def answer(self, memory, question, now):
         """Rules phrase no answer: the line of context that says most about the question."""
-        asked = self.asks_for(memory, question)
-        wanted = set(words(question))
+        pairs = self.asks_for(memory, question)
 
         def fit(line):
             is_fact = line.channel == "fact"
-            shared = len(wanted & set(words(line.text)))
-            is_asked = is_fact and memory.beliefs[line.id].slot[:2] in asked
-            return is_asked, is_fact and shared > 0, shared
+            shared = len({*words(question)} & {*words(line.text)})
+            return is_fact and memory.beliefs[line.id].slot[:2] in pairs, is_fact and shared > 0, shared
         best = max(memory.recall(question, now).lines, key=fit, default=None)
         return (best.text, [best.id]) if best and any(fit(best)) else ("I don't know.", [])
 

@@ -21,7 +21,7 @@ def check(store):
              f"{n.id} has no source, or one outside its turn")]
     for slot, count in Counter(n.slot for n in b.values()).items():
         head = store.head(slot)
-        found.append((not head or head.next or len(store.chain(slot)) != count, f"{slot} is not one chain"))
+        found.append((not head or head.next or len(store.trail(slot)) != count, f"{slot} is not one chain"))
     for n in () if store.has_news else [n for kind in KINDS for n in getattr(store, kind).values()]:
         live = [b[i] for i in n.evidence if holds(b[i])]
         sessions = {store.turns[source[0]].session for x in live for source in x.sources}
