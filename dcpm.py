@@ -1608,36 +1608,45 @@ STORY = """
 
 
 def tell_story(memory):
-    """One persona, ten sessions, one night: what is written, revised, generalised and forgotten, and why."""
+    """One persona, eleven sessions, one night: what is written, revised, generalised, forgotten, and why."""
     print("1. By day every message is kept verbatim, read, and reconciled with what is already believed.\n")
-    told, now = [line.split("|") for line in STORY.strip().split("\n")], "2024-05-12"
-    for (day, text), ops in zip(told, memory.ingest([(text, day, day, "user") for day, text in told])):
-        print(f'   {day}  "{text}"\n{" " * 15}{", ".join(map(" ".join, ops))}')
+    now = "2024-05-12"
+    turns = []
+    for line in STORY.strip().split("\n"):
+        day, text = line.split("|")
+        turns.append((text, day, day, "user"))
+    for (text, day, *_), ops in zip(turns, memory.ingest(turns)):
+        done = ", ".join(map(" ".join, ops)) or "NOTHING was read; the message itself is kept"
+        print(f'   {day}  "{text}"\n               {done}')
     memory.sleep(now)
     print("\n2. A revised belief is a chain, not an overwritten row; Rome, told last, was spliced in:\n")
     for question in ("Where do I live?", "Do I like coffee?", "Where does my sister live?", "Migraines?"):
         text, ids = memory.answer(question, now)
         print(f"   {question:27} {text}   {', '.join(ids)}")
     print("\n3. By night facts become schemas, and schemas alike in behaviour, not in content, a core.")
-    for found in memory.gate.values():
-        alike = found > memory.limits.alike
-        print(f"   Gate: {alike.sum()} of {len(found)} pairs across domains are alike in behaviour, "
-              f"{found[alike].min(initial=1):.2f} or more;\n   the others reach "
-              f"{found[~alike].max(initial=0):.2f}; the limit is {memory.limits.alike:.2f}.\n")
-    for n in [*memory.schemas.values(), *memory.cores.values()]:
-        print(f"   [{n.id}] {n.text} ({n.status}, {n.confidence:.2f}, {len(n.evidence)} beliefs)")
-    for i in memory.intentions.values():
-        print(f"   [{i.id}] {i.text} ({i.status} until {i.until})")
+    for cosine in memory.gate.values():
+        alike = cosine > memory.limits.alike
+        print(f"   Gate: {alike.sum()} of {len(cosine)} pairs across domains are alike in behaviour, "
+              f"{cosine[alike].min(initial=1):.2f} or more;\n   the others reach "
+              f"{cosine[~alike].max(initial=0):.2f}; the limit is {memory.limits.alike:.2f}.\n")
+    for node in [*memory.schemas.values(), *memory.cores.values()]:
+        figures = f"{node.status}, {node.confidence:.2f}, {len(node.evidence)} beliefs"
+        print(f"   [{node.id}] {node.text} ({figures})")
+    for item in memory.intentions.values():
+        print(f"   [{item.id}] {item.text} ({item.status} until {item.until})")
     question = "How should I get ready for my first aquarium?"
-    print(f"\n4. The context for a question about a domain that never came up: {question}\n")
-    print(*(f"   {line}" for line in memory.recall(question, now, 50).lines), sep="\n")
+    print(f"\n4. The context for a question about a domain that never came up: {question}\n"
+          f"   Room for {SCHEMA_LINES} schemas and cores: those of the question's domain (there are none), cores,\n"
+          "   then the schemas of most confidence and freshest evidence; the others stay out.\n")
+    for line in memory.recall(question, now, 50).lines:
+        print(f"   {line}")
     for core in list(memory.cores)[:1]:
         print(f"\n5. Why does it believe that? why({core!r}), down to the words that were said:\n")
         for schema in memory.why(core)["because"]:
             print(f"   because [{schema['id']}] {schema['text']}")
             for belief in schema["because"][:2]:
-                for source in belief["because"]:
-                    print(f"     because [{belief['id']}] {source['t']}: “{source['text']}”")
+                source = belief["because"][0]
+                print(f"     because [{belief['id']}] {source['t']}: “{source['text']}”")
     print("\nWhat is each mechanism worth?         python tests/experiments/bench_dcpm.py\n"
           "LoCoMo, LongMemEval, PersonaMem:      python tests/experiments/bench_dcpm_corpora.py --data FILE")
 

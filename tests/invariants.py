@@ -1,9 +1,6 @@
 """What must hold in a memory after every write, and for schemas and cores after every sleep."""
-import sys
 from collections import Counter
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dcpm import KINDS, Store, holds, same
 
 

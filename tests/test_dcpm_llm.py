@@ -1,15 +1,11 @@
 """The language-model backend: scripted models that read the real prompts and answer well or badly."""
 import json
 import re
-import sys
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "experiments")]
 import dcpm
 from dcpm import LLM, Memory
 from invariants import check

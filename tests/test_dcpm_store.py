@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "experiments")]
 import dcpm
 import stress_memory
 from dcpm import Claim, Draft, Memory, embed_words
 from invariants import check
 from stress_memory import put_turn, snapshot
 
+HERE = Path(__file__).resolve().parent
 WORDS = dcpm.LIMITS["words"]
 
 
