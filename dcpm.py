@@ -778,8 +778,8 @@ COMING = 0.1  # and for intentions
 RRF_K = 10  # of the fusion; fixed on two LoCoMo conversations, where 1 to 60 differ little
 
 
-class Line(namedtuple("Line", "id channel text t entries", defaults=((),))):
-    """One line of context. entries: the dated statements of a chain, for whoever reads by program."""
+class Line(namedtuple("Line", "id channel text t")):
+    """One line of context. channel: schema (cores as well), fact, intention or raw."""
 
     def __str__(self):
         return f"[{self.id}] {self.text}"
@@ -875,7 +875,6 @@ def chain_line(store, slot):
     if len(chain) == 1 and last.status == "active":
         return Line(last.id, "fact", f"{last.t_event[:10]} {slot[0]}: {last.text}", last.t_event)
     steps = []
-    entries = []
     for belief in chain:
         text = belief.text if belief.link_kind == "refine" else belief.value or "none"
         if belief.polarity < 1 and belief.value:
@@ -883,8 +882,7 @@ def chain_line(store, slot):
         # Where the present was to be forgotten, what is left is the past and is not called current.
         mark = ", current" if belief.status == "active" else ""
         steps.append(f"{text} ({belief.t_event[:10]}{mark})")
-        entries.append((belief.t_event, text + mark))
-    return Line(last.id, "fact", f"{slot[0]} {slot[1]}: {' → '.join(steps)}", last.t_event, entries)
+    return Line(last.id, "fact", f"{slot[0]} {slot[1]}: {' → '.join(steps)}", last.t_event)
 
 
 def chain_lines(store, slots):

@@ -98,13 +98,22 @@ def contexts(memory, fake, tfidf, question, now, budget):
         full, fake.recall(question, now, budget).lines)))
 
 
+STEP = re.compile(r"(?:: |→ )([^:→]+?) \((\d{4}-\d\d-\d\d)(, current)?\)")
+
+
+def entries_of(line):
+    """The dated statements of a line, [(date, text)]: the steps of a chain, else the line itself."""
+    steps = [(day, text + mark) for text, day, mark in STEP.findall(line.text)]
+    return steps or [(line.t, line.text)]
+
+
 def choose(question, lines, options):
     """The one answerer, for every kind of question and every condition: lines -> a score per option.
 
     It may use the behaviour lexicon on any line, so that raw turns are not handicapped by a weaker reader.
     """
     lines = [n for n in lines if not OTHER_PEOPLE.search(n.text)]  # the questions are all about the user
-    entries = sorted((t[:10], text) for n in lines for t, text in n.entries or [(n.t, n.text)]
+    entries = sorted((t[:10], text) for n in lines for t, text in entries_of(n)
                      if "no longer" not in text)
 
     def dates(name, found):
@@ -112,7 +121,7 @@ def choose(question, lines, options):
     limit = re.search(r"\bbefore (\w+)", question)
     if limit or "change" in question:  # a line that tells the whole story outranks single mentions
         needed = [limit.group(1)] if limit else options[0].split(" → ")
-        stories = [n.entries for n in lines if "→" in n.text and all(w in n.text for w in needed)]
+        stories = [entries_of(n) for n in lines if "→" in n.text and all(w in n.text for w in needed)]
         told = stories[0] if stories else entries
         names = {*needed, *(name for option in options for name in option.split(" → "))}
         first = {name: (dates(name, told) or [""])[0][:10] for name in names}
