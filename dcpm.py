@@ -788,17 +788,32 @@ class Line(namedtuple("Line", "id channel text t")):
 Recall = namedtuple("Recall", "lines text ids")
 
 
-def with_neighbours(memory, scores, least):
+class Index:
+    """What the search reads of all turns and beliefs, made anew only when something was written."""
+
+    def __init__(self, memory):
+        self.events = len(memory.log)
+        self.ids = [*memory.turns, *memory.beliefs]
+        texts = texts_of([*memory.turns.values(), *memory.beliefs.values()])
+        self.words = memory.word_vectors(texts)                                     # (records, d)
+        # idf(w) = 1 + ln((N + 1) / (n + 1)), n of N records have the word w
+        self.idf = 1 + np.log((len(texts) + 1) / (self.words.getnnz(0) + 1))        # (d,)
+        self.meaning = memory.vectors(texts) if memory.encoder != "words" else None
+        pairs = []  # (place of a turn, place of the next one in its session)
+        last = {}  # session -> place of its last turn
+        for place, turn in enumerate(memory.turns.values()):
+            if turn.session in last:
+                pairs.append((last[turn.session], place))
+            last[turn.session] = place
+        self.earlier, self.later = np.array(pairs, int).reshape(-1, 2).T            # (pairs,), (pairs,)
+
+
+def with_neighbours(scores, index, least):
     """A turn's own score, half of the turn before and a quarter of the one after; 0 where under `least`."""
     # an answer seldom repeats the words of its question
     total = scores.copy()                                                           # (records,)
-    last = {}  # session -> place of its last turn
-    for place, turn in enumerate(memory.turns.values()):
-        before = last.get(turn.session, place)
-        if before < place:
-            total[place] += 0.5 * scores[before]
-            total[before] += 0.25 * scores[place]
-        last[turn.session] = place
+    total[index.later] += 0.5 * scores[index.earlier]
+    total[index.earlier] += 0.25 * scores[index.later]
     return np.where(total >= least, total, 0)
 
 
@@ -817,23 +832,22 @@ def search(memory, question):
     """Turns and beliefs by relevance: [(score, id)], best first. A superseded one brings its chain."""
     if not memory.turns:
         return []
-    texts = texts_of([*memory.turns.values(), *memory.beliefs.values()])
+    if not memory.index or memory.index.events != len(memory.log):
+        memory.index = Index(memory)
+    index = memory.index
     # Names are no search words: in a dialogue it is mostly the *other* speaker who says one.
     names = set(words(" ".join(memory.people)))
     query = " ".join(w for w in question.split() if names.isdisjoint(words(w))) or question
-    docs = memory.word_vectors(texts)                                               # (records, d)
-    # idf(w) = 1 + ln((N + 1) / (n + 1)), n of N records have the word w
-    idf = 1 + np.log((len(texts) + 1) / (docs.getnnz(0) + 1))                       # (d,)
-    weighted = normalize(memory.word_vectors.embed([query]).multiply(idf ** 2))     # (1, d)
-    scores = with_neighbours(memory, cosines(docs, weighted)[:, 0], LIMITS["words"].hit)  # (records,)
-    if memory.encoder != "words":
-        meaning = cosines(memory.vectors(texts), memory.vectors.embed([query]))[:, 0]
-        scores = fuse([scores, with_neighbours(memory, meaning, memory.limits.hit)])
-    ids = [*memory.turns, *memory.beliefs]
+    rare = memory.word_vectors.embed([query]).multiply(index.idf ** 2)              # (1, d)
+    by_words = (index.words @ normalize(rare).T).toarray()[:, 0]                    # (records,)
+    scores = with_neighbours(by_words, index, LIMITS["words"].hit)
+    if index.meaning is not None:
+        by_meaning = index.meaning @ memory.vectors.embed([query])[0]               # (records,)
+        scores = fuse([scores, with_neighbours(by_meaning, index, memory.limits.hit)])
     found = []
     for place in np.argsort(-scores, kind="stable")[:300]:
-        if scores[place] > 0 and ids[place] not in memory.hidden:
-            found.append((float(scores[place]), ids[place]))
+        if scores[place] > 0 and index.ids[place] not in memory.hidden:
+            found.append((float(scores[place]), index.ids[place]))
     return found
 
 
@@ -941,6 +955,7 @@ class Memory(Store):
         self.word_vectors = Vectors(embed_for_search)
         self.vectors = Vectors(embed_words if encoder == "words" else sentence_encoder(encoder))
         self.limits = LIMITS["words" if encoder == "words" else "mpnet"]
+        self.index = None  # of the search
         self.gate = {}  # person -> the last sweep's cosines of V_beh, all pairs across domains
 
     def observe(self, text, t, session="s1", speaker="user"):

@@ -183,6 +183,7 @@ def rankers(memory, turns):
             return by_search(memory)(question)
     plain = copy.copy(memory)
     plain.encoder = "words"
+    plain.index = None
     found = {"TF-IDF": by_score(tfidf), "BM25": by_score(bm25), "words": by_search(plain)}
     if memory.encoder != "words":
         found |= {"encoder": by_encoder, "fused": by_search(memory)}
