@@ -141,6 +141,8 @@ def read_date(text, told):
 # ------------------------------------------------------------------ 2.1 records
 # One message, verbatim, append-only. speaker: "user", "assistant" or a name; t: its ISO date or date-time.
 Turn = namedtuple("Turn", "id session speaker text t")
+# The dimension on which two claims exclude each other; member: None where there is one value at a time.
+Slot = namedtuple("Slot", "subject attribute member")
 
 
 @dataclass
@@ -156,14 +158,14 @@ class Claim:
     reliability: float = 0.9  # 0.4 about another person
     until: str = ""  # last day of a plan
     single: bool = False  # one value at a time (a home), or many side by side (hobbies)
-    slot: tuple = None  # set when a model has matched the claim to a chain
+    slot: Slot = None  # set when a model has matched the claim to a chain
 
 
 @dataclass
 class Belief:
     """A claim that entered the store. `prev` and `next` make the chain of its slot."""
     id: str
-    slot: tuple  # (subject, attribute, member): the dimension on which two claims exclude each other
+    slot: Slot
     value: str
     polarity: int
     text: str
@@ -298,7 +300,7 @@ class Store:
 
     def _insert(self, belief):
         """Put a belief between its neighbours: all four links or none, and never a second head."""
-        belief.slot = tuple(belief.slot)  # JSON has lists
+        belief.slot = Slot(*belief.slot)  # JSON has lists
         belief.sources = list(belief.sources)  # its own, not the log's
         # They must still be neighbours: two writers who read one head cannot both append to it.
         ids = [None, *ids_of(self.trail(belief.slot)), None]
@@ -339,7 +341,7 @@ class Store:
         return newest_first[::-1]
 
     def head(self, slot):
-        return self.beliefs.get(self.heads.get(tuple(slot)))
+        return self.beliefs.get(self.heads.get(slot))
 
     def as_of(self, slot, t):
         """What held on day `t`: the last node of an event time not after it. None: unknown or forgotten."""
@@ -358,13 +360,13 @@ class Store:
     def mentioned(self, question):
         """Whom a question is about: people whom it names, or their kinship; else the first speaker."""
         asked = set(re.findall(r"\w+", question.lower()))
-        known = dict.fromkeys([*self.people, *(slot[0] for slot in self.heads)])
+        known = dict.fromkeys([*self.people, *(slot.subject for slot in self.heads)])
         named = [person for person in known if person != "user" and asked & set(person.lower().split())]
         return named or self.people[:1]
 
     def containing(self, phrase):
         """Ids of the beliefs that say every content word of a phrase."""
-        return [b.id for b in self.beliefs.values() if says(f"{b.slot[0]} {b.value} {b.text}", phrase)]
+        return [b.id for b in self.beliefs.values() if says(f"{b.slot.subject} {b.value} {b.text}", phrase)]
 
 
 # ------------------------------------------------------------------ one embedding for reading and System2
@@ -443,11 +445,11 @@ def slot_of(store, claim):
     if claim.single:
         head = store.head((claim.subject, attribute, None))
         if claim.polarity != -1 or (head and key(head.value) == member):
-            return claim.subject, attribute, None
+            return Slot(claim.subject, attribute, None)
         attribute = "event"  # "I no longer live in Rome" does not end Paris
     if attribute == "event":  # a free fact: only the same sentence confirms it, none excludes it
         member = " ".join(re.findall(r"\w+", claim.text.lower()))
-    return claim.subject, attribute, member
+    return Slot(claim.subject, attribute, member)
 
 
 def same(a, b):
@@ -612,7 +614,8 @@ def plan_schemas(memory, now, schemas):
     """What the inducer finds in tonight's clusters: new schemas, more evidence for known ones."""
     for person in memory.people:
         known = [s for s in schemas.values() if s.subject == person]
-        slots = [slot for slot in memory.heads if slot[0] == person and slot[1] != "plan" and slot[2]]
+        # single-valued attributes and plans show no habit
+        slots = [s for s in memory.heads if s.subject == person and s.member and s.attribute != "plan"]
         facts = list(filter(holds, map(memory.head, slots)))
         if not facts:
             continue
@@ -712,12 +715,12 @@ def recount_core(core, schemas):
 def plan_intentions(store, now, intentions):
     """Plans with a last day, told by people who speak here."""
     for belief in store.beliefs.values():
-        subject, attribute, _ = belief.slot
-        if attribute != "plan" or not belief.until or belief.id in store.forgotten:
+        person = belief.slot.subject
+        if belief.slot.attribute != "plan" or not belief.until or belief.id in store.forgotten:
             continue
-        if subject in store.people:
-            id_ = "i" + digest(subject, key(belief.value), belief.until)
-            new = Intention(id_, subject, "", belief.value, now, until=belief.until)
+        if person in store.people:
+            id_ = "i" + digest(person, key(belief.value), belief.until)
+            new = Intention(id_, person, "", belief.value, now, until=belief.until)
             item = intentions.setdefault(id_, new)
             item.evidence = sorted({*item.evidence, belief.id})
     for item in intentions.values():
@@ -809,11 +812,11 @@ class Index:
 
 
 def with_neighbours(scores, index, least):
-    """A turn's own score, half of the turn before and a quarter of the one after; 0 where under `least`."""
+    """A turn's own score, half of the turn before, a fifth of the one after; 0 where under `least`."""
     # an answer seldom repeats the words of its question
     total = scores.copy()                                                           # (records,)
     total[index.later] += 0.5 * scores[index.earlier]
-    total[index.earlier] += 0.25 * scores[index.later]
+    total[index.earlier] += 0.2 * scores[index.later]
     return np.where(total >= least, total, 0)
 
 
@@ -887,7 +890,7 @@ def chain_line(store, slot):
         return None
     last = chain[-1]
     if len(chain) == 1 and last.status == "active":
-        return Line(last.id, "fact", f"{last.t_event[:10]} {slot[0]}: {last.text}", last.t_event)
+        return Line(last.id, "fact", f"{last.t_event[:10]} {slot.subject}: {last.text}", last.t_event)
     steps = []
     for belief in chain:
         text = belief.text if belief.link_kind == "refine" else belief.value or "none"
@@ -896,7 +899,7 @@ def chain_line(store, slot):
         # Where the present was to be forgotten, what is left is the past and is not called current.
         mark = ", current" if belief.status == "active" else ""
         steps.append(f"{text} ({belief.t_event[:10]}{mark})")
-    return Line(last.id, "fact", f"{slot[0]} {slot[1]}: {' → '.join(steps)}", last.t_event)
+    return Line(last.id, "fact", f"{slot.subject} {slot.attribute}: {' → '.join(steps)}", last.t_event)
 
 
 def chain_lines(store, slots):
@@ -1014,7 +1017,7 @@ class Memory(Store):
         pairs = self.backend.asks_for(self, question)
         asked = [slot for slot in self.heads if slot[:2] in pairs]
         people = self.mentioned(question)
-        profile = [slot for slot in self.heads if slot[0] in people and slot[2] is None]
+        profile = [slot for slot in self.heads if slot.subject in people and slot.member is None]
         left = budget
         for lines, share in ((chain_lines(self, asked), 1), (chain_lines(self, profile), PROFILE),
                              (intention_lines(self, now), COMING), (hit_lines(self, question), 1)):
@@ -1176,7 +1179,7 @@ class LLM(Backend):
         for id_, (item, op) in (self.ask("reconcile", [prompt], check)[0] or {}).items():
             claim = claims[item]
             head = memory.beliefs[id_]
-            if claim.subject != head.slot[0] or claim.single:
+            if claim.subject != head.slot.subject or claim.single:
                 continue  # the chain of someone else; a single-valued claim has a chain of its own
             claim.slot = head.slot
             if op != "SUPERSEDE":
@@ -1204,7 +1207,7 @@ class LLM(Backend):
             if len(group) < 3 or ids <= cited:
                 continue
             facts = [f"[{b.id}] {b.t_event[:10]} {memory.said(b)}" for b in group]
-            prompt = INDUCE.format(person=group[0].slot[0], facts="\n".join(facts))
+            prompt = INDUCE.format(person=group[0].slot.subject, facts="\n".join(facts))
             if known:
                 prompt += KNOWN.format(known="\n".join(f"[{s.id}] {s.domain}: {s.text}" for s in known))
             prompts.append(prompt)
@@ -1272,7 +1275,7 @@ def read_claims(turn, data):
 
 def near_chains(memory, texts):
     """The chains of the 20 beliefs nearest to new texts: {id of the head: its chain as a line}."""
-    known = [b for b in memory.beliefs.values() if b.slot[2] is not None]
+    known = [b for b in memory.beliefs.values() if b.slot.member is not None]
     shown = {}
     if not known or not texts:
         return shown
@@ -1570,12 +1573,12 @@ class Rules(Backend):
             if not domain or not pole:
                 continue
             opposite = POLES[pole][0]
-            person = cluster[0].slot[0].replace("user", "the user")
+            person = cluster[0].slot.subject.replace("user", "the user")
             text = f"In {domain}, {person} {POLES[pole][1]}."
             reverse = f"In {domain}, {person} {POLES[opposite][1]}."
             against = ids_of(b for b in pool if domain_of(b.text) == domain and opposite in poles_of(b.text))
             evidence = {*ids_of(cluster)} - {*against}
-            yield Draft(domain, text, evidence, against, ids.get(text), ids.get(reverse))
+            yield Draft(domain, text, evidence, against, replaces=ids.get(reverse))
 
     def strip(self, schemas, said):
         """The cluster's own sentences without the nouns of their domain: V_beh is made of real words."""
@@ -1649,8 +1652,8 @@ def tell_story(memory):
         print(f"   [{item.id}] {item.text} ({item.status} until {item.until})")
     question = "How should I get ready for my first aquarium?"
     print(f"\n4. The context for a question about a domain that never came up: {question}\n"
-          f"   Room for {SCHEMA_LINES} schemas and cores: those of the question's domain (there are none), cores,\n"
-          "   then the schemas of most confidence and freshest evidence; the others stay out.\n")
+          f"   Room for {SCHEMA_LINES} schemas and cores: those of the question's domain, if any; cores;\n"
+          "   then the schemas of most confidence and freshest evidence. The others stay out.\n")
     for line in memory.recall(question, now, 50).lines:
         print(f"   {line}")
     for core in list(memory.cores)[:1]:

@@ -92,9 +92,11 @@ def test_personamem_v2(tmp_path):
 
 
 CUES = [{"relation_type": "causal", "time_gap": "about two months later", "cue_dialogue":
-         "A: I twisted my ankle on the stairs.\nB: Ouch!\nRest it.", "trigger_query": "A: No ankle, no dance."},
+         "A: I twisted my ankle on the stairs.\nB: Ouch!\nRest it.",
+         "trigger_query": "A: No ankle, no dance."},
         {"relation_type": "goal", "time_gap": "a few weeks later", "cue_dialogue":
-         "A: I want to swim a mile by spring.\nB: Good luck.", "trigger_query": "A: The violin is out of tune."}]
+         "A: I want to swim a mile by spring.\nB: Good luck.",
+         "trigger_query": "A: The violin is out of tune."}]
 
 
 def test_locomo_plus(tmp_path, capsys, monkeypatch, refused):
@@ -181,5 +183,6 @@ def test_two_banks_share_no_four_words():
     ("bench_dcpm_corpora.py", ["--data", "l.json"], ["multi-hop", "BM25", "two: 3 turns"])])
 def test_the_scripts_run(tmp_path, script, flags, wanted):
     put(tmp_path / "l.json", LOCOMO)
-    run = subprocess.run([sys.executable, HERE / "experiments" / script, *flags], cwd=tmp_path, capture_output=True)
+    command = [sys.executable, HERE / "experiments" / script, *flags]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True)
     assert run.returncode == 0 and all(text in run.stdout.decode() for text in wanted), run.stderr

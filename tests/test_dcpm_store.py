@@ -113,7 +113,8 @@ def tell_claims(said):
     memory = Memory()
     for n, (slot, value, polarity, t_event, *text) in enumerate(said):
         turn = put_turn(memory, text[0] if text else f"I said {value}", f"2024-01-{n + 1:02d}", f"s{n}")
-        claim = Claim(slot[1], value, turn.text, (0, len(turn.text)), polarity=polarity, t_event=t_event, slot=slot)
+        claim = Claim(slot[1], value, turn.text, (0, len(turn.text)), polarity=polarity, t_event=t_event)
+        claim.slot = slot
         dcpm.write_claims(memory, turn, [claim])
     assert check(memory) == []
     return memory
@@ -121,8 +122,8 @@ def tell_claims(said):
 
 def presents(memory):
     """{slot: (the dates of its chain, what its head says)}"""
-    return {slot: ([b.t_event for b in memory.trail(slot)], memory.head(slot).value, memory.head(slot).polarity)
-            for slot in memory.heads}
+    return {slot: ([b.t_event for b in memory.trail(slot)], head.value, head.polarity)
+            for slot, head in zip(memory.heads, map(memory.head, memory.heads))}
 
 
 def test_told_in_any_order_every_chain_ends_with_the_same_head_and_dates():
@@ -138,7 +139,8 @@ def test_told_in_any_order_every_chain_ends_with_the_same_head_and_dates():
 
 
 HOME = SPOTS[0]
-PARIS, BERLIN, AGAIN = [(HOME, value, 1, f"2023-01-0{day}") for day, value in enumerate(("Paris", "Berlin", "Paris"), 1)]
+PARIS, BERLIN, AGAIN = ((HOME, value, 1, f"2023-01-0{day}")
+                        for day, value in enumerate(("Paris", "Berlin", "Paris"), 1))
 JAZZ = (("user", "hobby", "guitar"), "guitar", 1, "2023-01-02", "I play guitar, mostly jazz")
 GUITAR = (("user", "hobby", "guitar"), "guitar", 1, "2023-01-01", "I play guitar")
 

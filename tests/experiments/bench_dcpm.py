@@ -94,7 +94,8 @@ def contexts(memory, fake, tfidf, question, now, budget):
     more = memory.recall(question, now, budget + extra, with_schemas=False).lines
     return dict(zip(CONDITIONS, (
         within(raw, budget), plain, newest_facts(memory, plain, budget),
-        newest_facts(memory, more, budget + extra), memory.recall(question, now, budget, with_cores=False).lines,
+        newest_facts(memory, more, budget + extra),
+        memory.recall(question, now, budget, with_cores=False).lines,
         full, fake.recall(question, now, budget).lines)))
 
 

@@ -110,8 +110,8 @@ def load_personamem_v2(rows, folder):
         yield Sample(f"persona {row['persona_id']}" + ("" if whole else " (snippet only)"), turns, [asked])
 
 
-NUMBERS = {"a": 1, "an": 1, "one": 1, "couple": 2, "two": 2, "few": 3, "several": 3, "three": 3, "four": 4, "five": 5,
-           "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12}
+NUMBERS = {"a": 1, "an": 1, "one": 1, "couple": 2, "two": 2, "few": 3, "several": 3, "three": 3, "four": 4,
+           "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12}
 DAYS = {"day": 1, "week": 7, "month": 30, "year": 365}
 
 
