@@ -1550,7 +1550,8 @@ class Rules(Backend):
 
     def forgets(self, memory, phrase, who="user"):
         """As a claim ("I live in Paris") it names a slot and a value; else all its content words count."""
-        claim = read_clause(phrase, who, "0001-01-01")  # every date is to come
+        today = max((turn.t for turn in memory.turns.values()), default="2000-01-01")
+        claim = read_clause(phrase, who, today)
         ids = []
         if claim and claim.attribute != "event":
             chain = memory.trail(slot_of(memory, claim))

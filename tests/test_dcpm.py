@@ -306,6 +306,8 @@ def test_other_words_or_another_order_neither_confirm_nor_exclude(first, second)
 @pytest.mark.parametrize("told, request_, shown", [
     ("I moved to Paris.", "Please forget that I live in Paris.", "Paris"),
     ("I love jazz.", "Can you forget that I like jazz?", "jazz"),
+    ("I moved to Paris yesterday.", "Forget that I moved to Paris yesterday.", "Paris"),
+    ("Back in 2021 I lived in Rome.", "Forget that I was living in Rome in 2021.", "Rome"),
     ("I have terrible migraines.", "Please forget that I have migraines.", "igraine"),
     ("I walked to the old mill.", "Forget about the mill.", "mill")])
 def test_a_request_to_forget_is_read_as_a_claim_and_else_by_its_words(told, request_, shown):
