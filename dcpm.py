@@ -957,7 +957,8 @@ class Memory(Store):
         self.encoder = encoder
         self.word_vectors = Vectors(embed_for_search)
         self.vectors = Vectors(embed_words if encoder == "words" else sentence_encoder(encoder))
-        self.limits = LIMITS["words" if encoder == "words" else "mpnet"]
+        known = [name for name in LIMITS if name in Path(encoder).name]
+        self.limits = LIMITS[known[0] if known else "mpnet"]
         self.index = None  # of the search
         self.gate = {}  # person -> the last sweep's cosines of V_beh, all pairs across domains
 
