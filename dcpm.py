@@ -397,6 +397,7 @@ class Vectors:
                 self.row[text] = len(self.row)
         return self.matrix[[self.row[text] for text in texts]]
 
+
 # ------------------------------------------------------------------ 2.2 System1: inside every write
 STRICT = "You maintain the memory of an assistant. Reply with one JSON object and nothing else."
 # One sample reply, on one line: without it a small model leaves out the quote and indents the JSON. What was
