@@ -1,9 +1,6 @@
 """What must hold in a memory after every write, and for schemas and cores after every sleep."""
-import sys
 from collections import Counter
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dcpm import KINDS, Store, holds, same
 
 
@@ -21,8 +18,8 @@ def check(store):
              f"{n.id} has no source, or one outside its turn")]
     for slot, count in Counter(n.slot for n in b.values()).items():
         head = store.head(slot)
-        found.append((not head or head.next or len(store.chain(slot)) != count, f"{slot} is not one chain"))
-    for n in () if store.fresh else [n for kind in KINDS for n in getattr(store, kind).values()]:
+        found.append((not head or head.next or len(store.trail(slot)) != count, f"{slot} is not one chain"))
+    for n in () if store.has_news else [n for kind in KINDS for n in getattr(store, kind).values()]:
         live = [b[i] for i in n.evidence if holds(b[i])]
         sessions = {store.turns[source[0]].session for x in live for source in x.sources}
         weak = len({x.slot for x in live}) < 3 or len(sessions) < 2

@@ -1,13 +1,12 @@
 """Worked examples of the memory: one test per behaviour that a user could notice."""
-import sys
+import ast
+import inspect
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "experiments")]
 import dcpm
 from dcpm import DcpmError, Memory
 from invariants import check
@@ -183,8 +182,8 @@ def test_17_20_a_habit_of_three_domains_is_a_core_that_can_say_why():
     assert len(spans) == 9 and all(s["text"] in memory.turns[s["id"]].text for s in spans)
     found = memory.recall("How should I set up my new aquarium?", "2024-06-02")  # a domain that never came up
     assert found.ids[0] == core.id
-    assert core.id not in memory.recall("My new aquarium?", NOW, sweep=False).ids
-    assert not memory.recall("My new aquarium?", NOW, schemas=False).ids
+    assert core.id not in memory.recall("My new aquarium?", NOW, with_cores=False).ids
+    assert not memory.recall("My new aquarium?", NOW, with_schemas=False).ids
 
 
 @pytest.mark.parametrize("session, status", [("s{}", "stable"), ("one", "forming")])
@@ -307,6 +306,8 @@ def test_other_words_or_another_order_neither_confirm_nor_exclude(first, second)
 @pytest.mark.parametrize("told, request_, shown", [
     ("I moved to Paris.", "Please forget that I live in Paris.", "Paris"),
     ("I love jazz.", "Can you forget that I like jazz?", "jazz"),
+    ("I moved to Paris yesterday.", "Forget that I moved to Paris yesterday.", "Paris"),
+    ("Back in 2021 I lived in Rome.", "Forget that I was living in Rome in 2021.", "Rome"),
     ("I have terrible migraines.", "Please forget that I have migraines.", "igraine"),
     ("I walked to the old mill.", "Forget about the mill.", "mill")])
 def test_a_request_to_forget_is_read_as_a_claim_and_else_by_its_words(told, request_, shown):
@@ -417,6 +418,12 @@ def test_the_turn_before_counts_half_and_names_are_no_search_words():
     assert found["t2"] == pytest.approx(found["t1"] / 2) and "t3" not in found
 
 
+def test_the_turn_after_counts_a_fifth():
+    found = dict((id_, score) for score, id_ in dcpm.search(
+        said("Ann: Guess what!", "Bo: The volcano?", "Bo: Hello Ann."), "When did Ann see a volcano?"))
+    assert found["t1"] == pytest.approx(found["t2"] / 5) and found["t3"] == pytest.approx(found["t2"] / 2)
+
+
 def test_a_rare_word_counts_more_and_a_concept_as_one_word():
     memory = said(*(f"Bo: a bridge, number {n}" for n in range(3)), "Bo: a violin, number 7")
     assert dcpm.search(memory, "bridge or violin")[0][1] == "t4"
@@ -466,3 +473,119 @@ def test_reasons_and_changes_are_told():
     memory = tell("I live in Paris.", "I moved to Berlin because Acme hired me.")
     text = recall(memory, "Why do I live in Berlin?").text
     assert "because Acme hired me" in text and "Paris (2024-05-01) → Berlin" in text
+
+
+@pytest.mark.parametrize("text, attribute, value", [
+    ("My name is Anna.", "name", "Anna"), ("My job is a nurse.", "occupation", "nurse"),
+    ("I work as a nurse.", "occupation", "nurse"), ("So, my name is Anna now.", "name", "Anna")])
+def test_every_single_valued_attribute_can_be_said(text, attribute, value):
+    memory = tell(text)
+    assert values(memory, ("user", attribute, None)) == [value]
+    assert value in ask(memory, f"What is my {dict(occupation='job').get(attribute, attribute)}?")
+
+
+def test_others_have_names_and_what_is_not_so_is_no_value():
+    memory = tell("My sister's name is Eva.", "My job is not a nurse.", "My job is great.", "My car is red.")
+    assert values(memory, ("sister", "name", None)) == ["Eva"]
+    assert {slot[1] for slot in memory.heads} == {"name", "event"} and len(memory.heads) == 2
+    assert "Eva" in ask(memory, "What is my sister's name?")
+
+
+@pytest.mark.parametrize("text", [
+    "Maybe I'll move to Lima.", "Do I live in Lima?", "We moved to Lima.", "Hm."])
+def test_where_nothing_was_read_observe_says_so_and_the_turn_is_kept(text):
+    memory = Memory()
+    assert memory.observe(text, "2024-05-01") == [] and not memory.beliefs
+    assert [turn.text for turn in memory.turns.values()] == [text]
+
+
+def test_the_story_prints_where_nothing_was_read(capsys):
+    dcpm.main([])
+    lines = capsys.readouterr().out.splitlines()
+    (place,) = [i for i, line in enumerate(lines) if "Maybe I'll move to Lima" in line]
+    assert lines[place + 1].strip().startswith("NOTHING")
+    assert any("most confidence and freshest evidence" in line for line in lines)
+
+
+def test_a_new_attribute_is_one_row_of_the_table(monkeypatch):
+    """README's exercise."""
+    row = "favourite_colour | one | + my favourite colour is VALUE | favourite colour"
+    monkeypatch.setattr(dcpm, "ATTRIBUTES", dcpm.read_table(f"{dcpm.TABLE}\n{row}"))
+    memory = tell("My favourite colour is green.", "My favourite colour is blue.")
+    assert ops(memory) == ["ADD", "SUPERSEDE"]
+    assert ask(memory, "What is my favourite colour?") == (
+        "user favourite_colour: green (2024-05-01) → blue (2024-05-02, current)")
+
+
+# ---------------------------------------------------------------- the line between the paper and language
+def test_nothing_above_the_line_uses_a_name_from_below_it_but_for_defaults():
+    source = Path(dcpm.__file__).read_text()
+    line = source[:source.index("# " + "=" * 20)].count("\n") + 1
+    tree = ast.parse(source)
+
+    def defined(node):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            return {node.name}
+        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    above = [node for node in tree.body if node.lineno < line]
+    below = set().union(*(defined(node) for node in tree.body if node.lineno > line))
+    assert {"Rules", "LLM", "TABLE", "LEXICON", "read_rules", "poles_of"} <= below and len(above) > 60
+    (memory,) = [node for node in above if defined(node) == {"Memory"}]
+    (init,) = [node for node in memory.body if getattr(node, "name", "") == "__init__"]
+    default = {id(node) for node in ast.walk(init)}
+    bound = set().union(*(defined(node) for node in above))  # `row` and the like are of either side
+    used = {n.id for node in above for n in ast.walk(node)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in default}
+    local = {n.id for node in above for n in ast.walk(node)
+             if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    local |= {n.arg for node in above for n in ast.walk(node) if isinstance(n, ast.arg)}
+    assert used & below - bound - local == set()
+
+
+def test_what_the_paper_uses_stands_above_its_first_use():
+    tree = ast.parse(Path(dcpm.__file__).read_text())
+    place = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for name in ("stem", "words", "key", "count_tokens", "asked_to_forget", "read_date"):
+        first = min(n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name)
+        assert place[name] < first, name
+
+
+def test_both_backends_have_the_eight_jobs_and_the_docstring_names_them():
+    jobs = ("extract", "reconcile", "forgets", "asks_for", "induce", "strip", "name_core", "answer")
+    for job in jobs:
+        assert job in vars(dcpm.Rules) and job in vars(dcpm.LLM) and f"{job}(" in dcpm.Backend.__doc__
+        names = [list(inspect.signature(vars(c)[job]).parameters) for c in (dcpm.Rules, dcpm.LLM)]
+        assert names[0] == names[1], job
+
+
+def test_a_backend_of_eight_jobs_is_enough():
+    """One that knows no English: the core asks it for nothing else."""
+    class Shouted:
+        def extract(self, memory, turns):
+            return [([dcpm.Claim("home", turn.text, turn.text, (0, len(turn.text)), single=True)], [])
+                    if turn.text.isupper() else (None, []) for turn in turns]
+
+        def reconcile(self, memory, claims):
+            pass
+
+        def forgets(self, memory, phrase, who):
+            return memory.containing(phrase)
+
+        def asks_for(self, memory, question):
+            return [("user", "home")]
+
+        def induce(self, memory, clusters, noise, known):
+            return []
+
+        def strip(self, schemas, said):
+            return []
+
+        def answer(self, memory, question, now):
+            return memory.recall(question, now).text, []
+    memory = Memory(Shouted())
+    for day, text in enumerate(("ROMA", "LIMA", "quiet", "Forget that LIMA!"), 1):
+        memory.observe(text, f"2024-05-0{day}")
+    memory.sleep(NOW)
+    assert values(memory, ("user", "home", None)) == ["ROMA", "LIMA"] and check(memory) == []
+    assert memory.log[-2].op == "SUPPRESS" and "LIMA" not in memory.answer("?", NOW)[0]
+    assert "ROMA (2024-05-01)" in memory.answer("?", NOW)[0]

@@ -1,5 +1,6 @@
 """Loaders on two-row files, metrics with worked numbers, and both benchmark scripts in miniature."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "experiments")]
 import bench_dcpm as bench
 import bench_dcpm_corpora as corpora
 import dcpm
@@ -16,6 +15,7 @@ from conftest import Server
 from invariants import check
 from stress_memory import snapshot
 
+HERE = Path(__file__).resolve().parent
 LOCOMO = [{"sample_id": "two", "conversation": {
     "session_2_date_time": "9:05 am on 2 June, 2023", "session_2": [
         {"speaker": "Bo", "dia_id": "D2:1", "text": "What did you bake?"},
@@ -91,6 +91,61 @@ def test_personamem_v2(tmp_path):
     assert [s.turns[0][3] for s in (first, second)] == ["I love yoga.", "I love golf."]
 
 
+CUES = [{"relation_type": "causal", "time_gap": "about two months later", "cue_dialogue":
+         "A: I twisted my ankle on the stairs.\nB: Ouch!\nRest it.",
+         "trigger_query": "A: No ankle, no dance."},
+        {"relation_type": "goal", "time_gap": "a few weeks later", "cue_dialogue":
+         "A: I want to swim a mile by spring.\nB: Good luck.",
+         "trigger_query": "A: The violin is out of tune."}]
+
+
+def test_locomo_plus(tmp_path, capsys, monkeypatch, refused):
+    into = put(tmp_path / "l.json", LOCOMO)
+    (sample,) = corpora.load_corpus(into)
+    told = []
+    ingest = dcpm.Memory.ingest
+
+    def noting(self, turns):
+        told.extend(turns)
+        return ingest(self, turns)
+    monkeypatch.setattr(dcpm.Memory, "ingest", noting)
+    found = corpora.cue_recall(sample, CUES, dcpm.Memory)
+    cues = [turn for turn in told if turn[2] == "cue"]
+    # asked on 2023-06-09, a week after the last session; two months before, and three weeks
+    assert [(text, when, speaker) for text, when, _, speaker in cues] == [
+        ("I twisted my ankle on the stairs.", "2023-04-10", "Ada"), ("Ouch! Rest it.", "2023-04-10", "Bo"),
+        ("I want to swim a mile by spring.", "2023-05-19", "Ada"), ("Good luck.", "2023-05-19", "Bo")]
+    assert ("causal", "words", [1, 1, 1]) in found and ("goal", "words", [0, 0, 0]) in found
+    assert [name for _, name, _ in found] == 2 * ["TF-IDF", "BM25", "words"]
+    path = put(tmp_path / "plus.json", CUES)
+    corpora.main(["--data", str(path), "--into", str(into)])
+    printed = capsys.readouterr().out
+    assert "causal" in printed and "goal" in printed and "2 questions" in printed
+    assert "--into" in refused(corpora.main, ["--data", str(path)])
+    put(path, [{**CUES[0], "cue_dialogue": None}])
+    refused(corpora.main, ["--data", str(path), "--into", str(into)])
+
+
+@pytest.mark.parametrize("gap, days", [
+    ("two months later", 60), ("six weeks later", 42), ("about one month later", 30), ("a few days later", 3),
+    ("several months later", 90), ("half a year later", 182), ("10 days later", 10), ("much later", 30)])
+def test_gaps_of_locomo_plus(gap, days):
+    assert corpora.days_of(gap) == days
+
+
+def test_with_an_encoder_every_ranker_has_a_column(monkeypatch, tmp_path):
+    """A toy encoder that knows two senses: what it finds, words do not, and the fusion has both."""
+    def embed(texts):
+        baked = [[1.0, 0.0] if re.search("loaf|baked|bread|rolls", text) else [0.0, 1.0] for text in texts]
+        return np.array(baked)
+    monkeypatch.setattr(dcpm, "sentence_encoder", lambda name: embed)
+    (sample,) = corpora.load_corpus(put(tmp_path / "l.json", LOCOMO))
+    memory = dcpm.Memory(encoder="toy")
+    corpora.ingest(sample, memory, 3)
+    best = {name: rank("rolls in Lima")[:1] for name, rank in corpora.rankers(memory, sample.turns).items()}
+    assert best["words"] == ["D1:1"] and best["encoder"] == ["D2:2"] and "fused" in best
+
+
 @pytest.mark.parametrize("name, content", [
     ("a.json", "[{"), ("a.json", "[]"), ("a.json", '[{"x": 1}]'), ("a.jsonl", '{"c": [\n')])
 def test_odd_files_are_one_sentence_and_exit_code_2(tmp_path, refused, name, content):
@@ -128,5 +183,6 @@ def test_two_banks_share_no_four_words():
     ("bench_dcpm_corpora.py", ["--data", "l.json"], ["multi-hop", "BM25", "two: 3 turns"])])
 def test_the_scripts_run(tmp_path, script, flags, wanted):
     put(tmp_path / "l.json", LOCOMO)
-    run = subprocess.run([sys.executable, HERE / "experiments" / script, *flags], cwd=tmp_path, capture_output=True)
+    command = [sys.executable, HERE / "experiments" / script, *flags]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True)
     assert run.returncode == 0 and all(text in run.stdout.decode() for text in wanted), run.stderr

@@ -1,15 +1,11 @@
 """The language-model backend: scripted models that read the real prompts and answer well or badly."""
 import json
 import re
-import sys
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "experiments")]
 import dcpm
 from dcpm import LLM, Memory
 from invariants import check
@@ -199,6 +195,46 @@ def test_forgetting_through_the_model_and_without_it():
     assert memory.log[-1].op == "FAILED" and "t4" not in memory.recall("mill", "2024-06-01").ids
     later = chat.prompts("extract")[-1].split("New message")[0]
     assert "igraine" not in later  # nor is it handed to the model again
+
+
+def test_embedding_in_batches_gives_the_vectors_of_one_text_at_a_time(monkeypatch):
+    import common
+    import torch
+    from transformers import BertConfig, BertModel
+
+    class Letters:
+        """A tokenizer of letters that pads, at first on the wrong side."""
+        padding_side = "left"
+
+        def __call__(self, texts, padding, truncation, max_length, return_tensors):
+            assert self.padding_side == "right" and padding and truncation
+            rows = [[ord(c) % 50 + 1 for c in text][:max_length] for text in texts]
+            longest = max(map(len, rows))
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+            return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=51, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=32)
+    monkeypatch.setattr(common, "load_pretrained", lambda *_: (BertModel(config).eval(), Letters()))
+    embed = dcpm.sentence_encoder("letters")
+    texts = [("a walnut loaf " * 9)[:1 + 37 * i % 110] for i in range(70)]
+    rows = embed(texts)
+    assert rows.shape == (70, 16) and np.allclose(np.linalg.norm(rows, axis=1), 1)
+    assert np.allclose(rows, np.concatenate([embed([text]) for text in texts]), atol=1e-5)
+
+
+def test_with_an_encoder_two_rankings_are_fused_by_reciprocal_rank(monkeypatch):
+    words, meaning = np.array([0.9, 0, 0.4, 0.4]), np.array([0.1, 0.8, 0, 0.2])
+    k = dcpm.RRF_K
+    expected = [1 / (k + 1) + 1 / (k + 3), 1 / (k + 1), 1 / (k + 2), 1 / (k + 3) + 1 / (k + 2)]
+    assert np.allclose(dcpm.fuse([words, meaning]), expected)  # 0 is no rank, of equals the first goes first
+    monkeypatch.setattr(dcpm, "sentence_encoder", lambda name: embed)
+    memory = Memory(encoder="toy")
+    for text in ("a solitary walk", "the harbour lights", "a hermit, lonely", "nothing"):
+        memory.observe(text, "2024-05-01", text)
+    plain = Memory(log=memory.log)
+    assert [id_ for _, id_ in dcpm.search(plain, "alone at the harbour")] == ["t2"]
+    assert {id_ for _, id_ in dcpm.search(memory, "alone at the harbour")} >= {"t1", "t2", "t3"}
 
 
 # ---------------------------------------------------------------- by night, with a dense encoder

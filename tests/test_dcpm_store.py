@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "experiments")]
 import dcpm
 import stress_memory
 from dcpm import Claim, Draft, Memory, embed_words
 from invariants import check
 from stress_memory import put_turn, snapshot
 
+HERE = Path(__file__).resolve().parent
 WORDS = dcpm.LIMITS["words"]
 
 
@@ -89,6 +88,89 @@ def test_rules_import_no_model_library():
     assert run.returncode == 0, run.stderr[-2000:]
     imported = {line.split("|")[-1].strip().split(".")[0] for line in run.stderr.splitlines()}
     assert "sklearn" in imported and not imported & {"torch", "transformers", "datasets", "common"}
+
+
+# ---------------------------------------------------------------- an older message never becomes the present
+SPOTS = [("user", "residence", None), ("user", "employer", None), ("Bo", "residence", None),
+         ("user", "likes", "coffe"), ("user", "event", "i saw a fox")]
+
+
+def random_past(rng):
+    """Claims in order of time, (slot, value, polarity, date): no two of one date, and in a chain no value
+    comes back after another one. The rows of the decision table that forbid more are named below."""
+    said, latest = [], {}
+    for n in range(rng.randrange(4, 16)):
+        slot = rng.choice(SPOTS)
+        value, polarity = latest.get(slot, ("", 0))
+        if slot not in latest or rng.random() < 0.6:  # else the same once more
+            value, polarity = f"value{n}", rng.choice((1, 1, -1, 0))
+        latest[slot] = value, polarity
+        said.append((slot, value, polarity, f"2023-{n // 20 + 1:02d}-{n % 20 + 1:02d}"))
+    return said
+
+
+def tell_claims(said):
+    memory = Memory()
+    for n, (slot, value, polarity, t_event, *text) in enumerate(said):
+        turn = put_turn(memory, text[0] if text else f"I said {value}", f"2024-01-{n + 1:02d}", f"s{n}")
+        claim = Claim(slot[1], value, turn.text, (0, len(turn.text)), polarity=polarity, t_event=t_event)
+        claim.slot = slot
+        dcpm.write_claims(memory, turn, [claim])
+    assert check(memory) == []
+    return memory
+
+
+def presents(memory):
+    """{slot: (the dates of its chain, what its head says)}"""
+    return {slot: ([b.t_event for b in memory.trail(slot)], head.value, head.polarity)
+            for slot, head in zip(memory.heads, map(memory.head, memory.heads))}
+
+
+def test_told_in_any_order_every_chain_ends_with_the_same_head_and_dates():
+    met = set()
+    for seed in range(150):
+        rng = random.Random(f"order-{seed}")
+        said = random_past(rng)
+        in_order = presents(tell_claims(said))
+        memory = tell_claims(rng.sample(said, len(said)))
+        assert presents(memory) == in_order, seed
+        met.update(event.op for event in memory.log)
+    assert met == {"RAW", "ADD", "SUPERSEDE", "RETRACT", "CONFIRM", "SPLICE"}
+
+
+HOME = SPOTS[0]
+PARIS, BERLIN, AGAIN = ((HOME, value, 1, f"2023-01-0{day}")
+                        for day, value in enumerate(("Paris", "Berlin", "Paris"), 1))
+JAZZ = (("user", "hobby", "guitar"), "guitar", 1, "2023-01-02", "I play guitar, mostly jazz")
+GUITAR = (("user", "hobby", "guitar"), "guitar", 1, "2023-01-01", "I play guitar")
+
+
+@pytest.mark.parametrize("row, said, in_order, otherwise", [
+    # what is told between them later is news: a confirmation adds a source and no date
+    ("t(c) >= t(h), the same: CONFIRM", [PARIS, AGAIN, BERLIN], "Paris Berlin Paris", "Paris Berlin"),
+    ("t(c) < t(h), equals a neighbour in time: CONFIRM", [AGAIN, PARIS, BERLIN], "Paris Berlin Paris",
+     "Paris Berlin"),
+    # the shorter one, told late, says nothing new
+    ("t(c) >= t(h), the same in more words: REFINE", [JAZZ, GUITAR], "guitar guitar", "guitar"),
+    # of equal dates the order of arrival decides
+    ("t(c) >= t(h), other value or polarity: SUPERSEDE", [(*BERLIN[:3], PARIS[3]), PARIS], "Paris Berlin",
+     "Berlin Paris")])
+def test_rows_of_the_decision_table_that_depend_on_the_order_of_telling(row, said, in_order, otherwise):
+    def values(memory):
+        return " ".join(b.value for b in memory.trail(said[0][0]))
+    ordered = [PARIS, said[0]] if len({c[3] for c in said}) == 1 else sorted(said, key=lambda c: c[3])
+    assert values(tell_claims(ordered)) == in_order and values(tell_claims(said)) == otherwise
+    assert row.split(": ")[0] in " ".join(dcpm.decide.__doc__.split())  # it is a row of the table
+
+
+def test_what_was_asked_to_be_forgotten_stays_so_whenever_it_is_told_again():
+    """The row "the same value, asked to be forgotten" looks at no date."""
+    memory = tell_claims([BERLIN])
+    memory.commit("SUPPRESS", ["b1"], hide=[])
+    put = put_turn(memory, "I said Berlin", "2024-02-01")
+    claim = Claim("residence", "Berlin", put.text, (0, 13), t_event="2023-05-01", slot=HOME)
+    assert dcpm.write_claims(memory, put, [claim]) == [("CONFIRM", "b1")]
+    assert memory.as_of(HOME, "2024-01-01") is None
 
 
 # ---------------------------------------------------------------- confidence

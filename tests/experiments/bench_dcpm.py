@@ -88,14 +88,24 @@ def contexts(memory, fake, tfidf, question, now, budget):
     turns, scores = list(memory.turns.values()), tfidf(question)
     best = [turns[i] for i in sorted(range(len(turns)), key=lambda i: (-scores[i], -i))[:50]]  # ties: newest
     raw = [dcpm.Line(t.id, "raw", f"{t.t[:10]} {t.text}", t.t) for t in best]
-    plain = memory.recall(question, now, budget, schemas=False).lines
+    plain = memory.recall(question, now, budget, with_schemas=False).lines
     full = memory.recall(question, now, budget).lines
     extra = sum(dcpm.count_tokens(str(line)) for line in full if line.channel == "schema")
-    more = memory.recall(question, now, budget + extra, schemas=False).lines
+    more = memory.recall(question, now, budget + extra, with_schemas=False).lines
     return dict(zip(CONDITIONS, (
         within(raw, budget), plain, newest_facts(memory, plain, budget),
-        newest_facts(memory, more, budget + extra), memory.recall(question, now, budget, sweep=False).lines,
+        newest_facts(memory, more, budget + extra),
+        memory.recall(question, now, budget, with_cores=False).lines,
         full, fake.recall(question, now, budget).lines)))
+
+
+STEP = re.compile(r"(?:: |→ )([^:→]+?) \((\d{4}-\d\d-\d\d)(, current)?\)")
+
+
+def entries_of(line):
+    """The dated statements of a line, [(date, text)]: the steps of a chain, else the line itself."""
+    steps = [(day, text + mark) for text, day, mark in STEP.findall(line.text)]
+    return steps or [(line.t, line.text)]
 
 
 def choose(question, lines, options):
@@ -104,7 +114,7 @@ def choose(question, lines, options):
     It may use the behaviour lexicon on any line, so that raw turns are not handicapped by a weaker reader.
     """
     lines = [n for n in lines if not OTHER_PEOPLE.search(n.text)]  # the questions are all about the user
-    entries = sorted((t[:10], text) for n in lines for t, text in n.entries or [(n.t, n.text)]
+    entries = sorted((t[:10], text) for n in lines for t, text in entries_of(n)
                      if "no longer" not in text)
 
     def dates(name, found):
@@ -112,7 +122,7 @@ def choose(question, lines, options):
     limit = re.search(r"\bbefore (\w+)", question)
     if limit or "change" in question:  # a line that tells the whole story outranks single mentions
         needed = [limit.group(1)] if limit else options[0].split(" → ")
-        stories = [n.entries for n in lines if "→" in n.text and all(w in n.text for w in needed)]
+        stories = [entries_of(n) for n in lines if "→" in n.text and all(w in n.text for w in needed)]
         told = stories[0] if stories else entries
         names = {*needed, *(name for option in options for name in option.split(" → "))}
         first = {name: (dates(name, told) or [""])[0][:10] for name in names}
@@ -121,7 +131,7 @@ def choose(question, lines, options):
             return [date.fromisoformat(first[o]).toordinal() if "" < first[o] < end else 0 for o in options]
         steps = [[first[name] for name in option.split(" → ")] for option in options]
         return [sum(float(a < b) if a and b else 0.5 for a, b in zip(s, s[1:])) for s in steps]
-    if any(re.search(pattern, question, re.I) for pattern in dcpm.ASK.values()):
+    if dcpm.attributes_asked(question):
         current = [entry for entry in entries if "current" in entry[1]] or entries
         return [date.fromisoformat(d[-1]).toordinal() if (d := dates(o, current)) else 0 for o in options]
     return by_behaviour(question, lines, options)
@@ -187,7 +197,7 @@ def coverage(bank):
     read = [dcpm.read_rules(dcpm.Turn("t1", "s1", "user", text.replace("{}", "2021", text.count("{}") - 1)
                                       .replace("{}", "Rome"), "2024-01-03"))[0]
             for kind in ("move", "late", "other", "job") for text in bank[kind].split("|")]
-    return np.mean(known), np.mean([any(c.attribute in dcpm.SINGLE for c in claims) for claims in read])
+    return np.mean(known), np.mean([any(c.single for c in claims) for claims in read])
 
 
 def four_words(bank):
@@ -232,7 +242,7 @@ MECHANISMS = {  # name -> what replaces what
     "sweep -> no pair": (dcpm, "collisions", lambda b, c, domains, limits: np.eye(len(domains)) < 0),
     "sweep -> every pair": (dcpm, "collisions", lambda b, c, domains, limits: np.eye(len(domains)) == 0),
     "strip -> identity": (dcpm.Rules, "strip", lambda self, schemas, said: [s.text for s in schemas])}
-READERS = {"System1": dict(schemas=False), "no sweep": dict(sweep=False), "full": {}}
+READERS = {"System1": dict(with_schemas=False), "no sweep": dict(with_cores=False), "full": {}}
 
 
 def run_mechanisms(bank, personas, budget, seed=0, make=dcpm.Memory):
@@ -265,7 +275,7 @@ def print_mechanisms(name, table):
 # ------------------------------------------------------------------ the command
 def lexicon_hash():
     """What must not change unnoticed between two results on the held-out bank."""
-    return dcpm.digest(dcpm.POLES, dcpm.CUES, dcpm.DOMAINS, [(a, p, f.pattern) for a, p, f in dcpm.FRAMES])
+    return dcpm.digest(dcpm.POLES, dcpm.CUES, dcpm.DOMAINS, dcpm.TABLE)
 
 
 def log_heldout(facts, table, path, args):

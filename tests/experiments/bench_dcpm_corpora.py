@@ -1,11 +1,15 @@
-"""dcpm.py on LoCoMo, LongMemEval and PersonaMem: evidence recall, and with a model answers.
+"""dcpm.py on LoCoMo, LongMemEval, PersonaMem and LoCoMo-Plus: evidence recall, and with a model answers.
 
     python tests/experiments/bench_dcpm_corpora.py --data locomo10.json [--sample conv-26] [--sessions 5] [--encoder DIR]
     python tests/experiments/bench_dcpm_corpora.py --data contexts.jsonl --backend llm --model DIR --ask 9 --conditions
+    python tests/experiments/bench_dcpm_corpora.py --data locomo_plus.json --into locomo10.json [--encoder DIR]
 
 The format is detected. Recall is the share of a question's evidence turns among the first 5, 10 and 20.
+LoCoMo-Plus puts a short dialogue, the cue, into a conversation and asks for it later by a remark that shares
+hardly a word with it. There the figure is the share of remarks with a turn of their cue among the first k.
 """
 import ast
+import copy
 import csv
 import json
 import random
@@ -15,6 +19,7 @@ from collections import Counter, namedtuple
 from datetime import date, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from tqdm import tqdm
@@ -105,6 +110,42 @@ def load_personamem_v2(rows, folder):
         yield Sample(f"persona {row['persona_id']}" + ("" if whole else " (snippet only)"), turns, [asked])
 
 
+NUMBERS = {"a": 1, "an": 1, "one": 1, "couple": 2, "two": 2, "few": 3, "several": 3, "three": 3, "four": 4,
+           "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12}
+DAYS = {"day": 1, "week": 7, "month": 30, "year": 365}
+
+
+def days_of(gap):
+    """"about two months later" -> 60; a gap that cannot be read is taken for a month."""
+    unit = re.search(r"\b(day|week|month|year)", gap.lower())
+    numbers = []
+    for word in re.findall(r"[a-z]+|\d+", gap.lower()):
+        if word in NUMBERS or word.isdigit():
+            numbers.append(NUMBERS.get(word) or int(word))
+    half = 0.5 if "half a" in gap.lower() else 1
+    # of "a few weeks later" the last number counts
+    return round((numbers or [1])[-1] * DAYS[unit[1] if unit else "month"] * half)
+
+
+def read_dialogue(text, speakers):
+    """"A: ...\\nB: ..." -> [(speaker, text)], A and B being the first and the second of `speakers`."""
+    said = []
+    for line in text.strip().splitlines():
+        match = re.match(r"\s*([AB])\s*:\s*(.*)", line)
+        if match:
+            said.append((speakers["AB".index(match[1])], match[2]))
+        elif said and line.strip():  # a line that goes on
+            speaker, before = said[-1]
+            said[-1] = (speaker, f"{before} {line.strip()}")
+    return said
+
+
+def load_cues(path):
+    """A LoCoMo-Plus file -> its rows, None if it is of another format."""
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
+    return rows if isinstance(rows, list) and rows and "cue_dialogue" in rows[0] else None
+
+
 def load_corpus(path, questions=""):
     """File -> list of samples; the format is detected from the first record."""
     guess = Path(questions or path.with_name(re.sub("(shared_)?contexts?", "questions", path.stem) + ".csv"))
@@ -123,17 +164,66 @@ def load_corpus(path, questions=""):
 
 
 # ------------------------------------------------------------------ measures
+def rankers(memory, turns):
+    """{name: function of a question -> refs of the turns, best first}. turns: as in a Sample."""
+    refs = [ref for ref, *_ in turns]
+    texts = [text for *_, text, _ in turns]
+    back = dict(zip(memory.turns, refs))
+    tfidf = tfidf_scorer(texts)
+    bm25 = bm25_scorer(texts)
+
+    def by_score(scorer):
+        return lambda question: [refs[i] for i in np.argsort(-scorer(question), kind="stable")]
+
+    def by_search(searched):
+        return lambda question: [back[id_] for _, id_ in dcpm.search(searched, question) if id_ in back]
+
+    def by_encoder(question):
+        with mock.patch.object(dcpm, "fuse", lambda scores: scores[1]):
+            return by_search(memory)(question)
+    plain = copy.copy(memory)
+    plain.encoder = "words"
+    plain.index = None
+    found = {"TF-IDF": by_score(tfidf), "BM25": by_score(bm25), "words": by_search(plain)}
+    if memory.encoder != "words":
+        found |= {"encoder": by_encoder, "fused": by_search(memory)}
+    return found
+
+
 def evidence_recall(sample, memory):
     """[(kind of question, ranker, [recall@5, @10, @20])], without questions that mark no evidence."""
-    refs, texts, out = [ref for ref, *_ in sample.turns], [text for *_, text, _ in sample.turns], []
-    if asked := [(q, q.gold & {*refs}) for q in sample.questions if q.gold & {*refs}]:
-        back, tfidf, bm25 = dict(zip(memory.turns, refs)), tfidf_scorer(texts), bm25_scorer(texts)
-    for q, gold in asked:
-        order = {"TF-IDF": [refs[i] for i in np.argsort(-tfidf(q.text), kind="stable")],
-                 "BM25": [refs[i] for i in np.argsort(-bm25(q.text), kind="stable")],
-                 "DCPM": [back[id_] for _, id_ in dcpm.search(memory, q.text) if id_ in back]}
-        out += [(q.kind, name, [len(gold & {*best[:k]}) / len(gold) for k in (5, 10, 20)])
-                for name, best in order.items()]
+    refs = {ref for ref, *_ in sample.turns}
+    asked = [q for q in sample.questions if q.gold & refs]
+    out = []
+    for name, rank in rankers(memory, sample.turns).items() if asked else ():
+        for q in asked:
+            gold = q.gold & refs
+            best = rank(q.text)
+            out.append((q.kind, name, [len(gold & {*best[:k]}) / len(gold) for k in (5, 10, 20)]))
+    return out
+
+
+def cue_recall(sample, rows, make):
+    """[(relation type, ranker, [is a turn of the cue among the first 5, 10, 20?])], one cue at a time."""
+    whole = make()
+    ingest(sample, whole, len(sample.turns))
+    speakers = [*dict.fromkeys(speaker for _, _, speaker, _, _ in sample.turns), "B"][:2]
+    asked = date.fromisoformat(sample.turns[-1][4][:10]) + timedelta(7)  # a week after the last session
+    out = []
+    for row in tqdm(rows, sample.name, leave=False, disable=None):
+        told = (asked - timedelta(days_of(row["time_gap"]))).isoformat()
+        cue = []
+        for n, (speaker, text) in enumerate(read_dialogue(row["cue_dialogue"], speakers)):
+            cue.append((f"cue:{n}", "cue", speaker, text, told))
+        remark = " ".join(text for _, text in read_dialogue(row["trigger_query"], speakers))
+        memory = dcpm.Memory(whole.backend, whole.encoder, whole.log)
+        memory.vectors = whole.vectors  # each turn of the conversation is embedded once
+        memory.word_vectors = whole.word_vectors
+        memory.ingest([(text, when, session, speaker) for _, session, speaker, text, when in cue])
+        gold = {ref for ref, *_ in cue}
+        for name, rank in rankers(memory, sample.turns + cue).items():
+            best = rank(remark)
+            out.append((row["relation_type"], name, [float(bool(gold & {*best[:k]})) for k in (5, 10, 20)]))
     return out
 
 
@@ -153,7 +243,7 @@ def print_table(title, rows):
 def context(memory, q, name, budget=800):
     """What a condition shows the model."""
     if name != "raw turns":
-        return memory.recall(q.text, q.now, budget, schemas=name == "System1+2").text
+        return memory.recall(q.text, q.now, budget, with_schemas=name == "System1+2").text
     turns = [memory.turns[id_] for _, id_ in dcpm.search(memory, q.text) if id_ in memory.turns]
     lines = within([dcpm.Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t) for t in turns], budget)
     return "\n".join(map(str, sorted(lines, key=lambda line: (line.t, int(line.id[1:])))))
@@ -216,10 +306,33 @@ def evaluate(sample, memory, ask, conditions):
     return scores
 
 
-def run(args):
-    samples = [s for s in load_corpus(Path(args.data), args.questions) if args.sample in ("", s.name)]
+def run_cues(args, rows):
+    """LoCoMo-Plus: row i goes into conversation i modulo their number."""
+    if not args.into:
+        raise dcpm.DcpmError(f"--data {args.data} holds LoCoMo-Plus cues; say --into locomo10.json as well")
+    samples = samples_of(args.into, args)
+    make = dcpm.make_memory(args)
+    found = []
+    for number, sample in enumerate(samples):
+        found += cue_recall(sample, rows[number::len(samples)], make)
+    print_table("a turn of the cue among the first 5 10 20", found)
+
+
+def samples_of(path, args):
+    samples = [s for s in load_corpus(Path(path), args.questions) if args.sample in ("", s.name)]
     if not samples:
-        raise dcpm.DcpmError(f"--sample {args.sample}: {args.data} has no such sample")
+        raise dcpm.DcpmError(f"--sample {args.sample}: {path} has no such sample")
+    return samples
+
+
+def run(args):
+    try:
+        cues = load_cues(Path(args.data))
+        if cues:
+            return run_cues(args, cues)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise dcpm.DcpmError(f"--data {args.data}: {type(error).__name__}: {error}") from error
+    samples = samples_of(args.data, args)
     found, scores, conditions = [], [], CONDITIONS if args.conditions else CONDITIONS[-1:]
     make = dcpm.make_memory(args)
     for sample in samples:
@@ -240,7 +353,8 @@ def run(args):
 def main(argv=None):
     parser = dcpm.memory_parser(__doc__.split("\n")[0])
     for flag, default, text in (
-            ("data", "", "a LoCoMo, LongMemEval or PersonaMem file"),
+            ("data", "", "a LoCoMo, LongMemEval, PersonaMem or LoCoMo-Plus file"),
+            ("into", "", "LoCoMo-Plus: the LoCoMo file whose conversations take in the cues"),
             ("questions", "", "PersonaMem: the questions csv (looked for beside --data)"),
             ("sample", "", "only the sample of this name, e.g. conv-26"),
             ("sessions", 0, "only the first N sessions of each sample (0 = all)"),

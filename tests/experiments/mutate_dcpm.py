@@ -35,7 +35,7 @@ MUTATIONS = {  # name -> [(owner, attribute, what it becomes)]
     "clustering -> all noise": [(dcpm, "two_stage_dbscan", lambda rows, _: np.full(rows.shape[0], -1))],
     "sweep -> no pair": [(dcpm, "collisions", lambda rows, *_: np.zeros((rows.shape[0],) * 2, bool))],
     "sweep -> every pair": [(dcpm, "collisions", lambda rows, *_: ~np.eye(rows.shape[0], dtype=bool))],
-    "watermark off": [(dcpm.Store, "fresh", property(lambda self: True, lambda self, value: None))],
+    "watermark off": [(dcpm.Store, "has_news", property(lambda self: True, lambda self, value: None))],
     "strip -> identity": [(backend, "strip", schema_texts) for backend in (dcpm.Rules, dcpm.LLM)],
     "against ignored": [(backend, "induce", ignoring(backend.induce)) for backend in (dcpm.Rules, dcpm.LLM)],
 }

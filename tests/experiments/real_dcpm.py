@@ -100,7 +100,7 @@ def tell(name, memory):
     memory.sleep(NOW)
     print(f"\n== {name}: {day_time:.0f} s by day, {time.time() - began:.0f} s by night")
     failed = sum(event.op == "FAILED" for event in memory.log)
-    long = [slot for slot in memory.heads if len(memory.chain(slot)) > 1]
+    long = [slot for slot in memory.heads if len(memory.trail(slot)) > 1]
     print(f"{len(memory.turns)} turns, {failed} extractions failed, {len(memory.beliefs)} beliefs, "
           f"{len(memory.heads)} chains, {len(long)} of them revised")
     for slot in long:
@@ -167,7 +167,7 @@ def main():
     real = tell("model", empty)
     rules = tell("rules", dcpm.Memory())
     questions = [line.split("|") for line in QUESTIONS.strip().split("\n")]
-    conditions = {"System1+2": {}, "System1": {"schemas": False}}
+    conditions = {"System1+2": {}, "System1": {"with_schemas": False}}
     table = {}
     for name, memory in (("model", real), ("rules", rules)):
         for condition, kinds in answers(real.backend, memory, questions, conditions).items():

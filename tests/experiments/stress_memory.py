@@ -47,7 +47,7 @@ def put_turn(memory, text, t, session="s1", speaker="user"):
 def snapshot(store):
     """Everything a store holds, its log included, as one comparable string."""
     kinds = (store.turns, store.beliefs, store.schemas, store.cores, store.intentions, store.log)
-    rest = (sorted(store.hidden), list(store.heads.values()), store.people, store.docs)
+    rest = (sorted(store.hidden), list(store.heads.values()), store.people, sorted(store.forgotten))
     return json.dumps([kinds, rest], sort_keys=True, default=vars)
 
 
