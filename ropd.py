@@ -347,7 +347,7 @@ small_chain = partial(common.chain_task, operations=(3, 4), modulus=7)
 def mistaken_solution(rng, task: Task) -> str:
     """What the tiny student imitates at first: `A2-6=4, B4+1=5. \\boxed{5}`, where 4 is 6-2.
 
-    That misconception is in 85 % of all -, slips are in 3 % of +, 10 % of * and 5 % of the boxed values.
+    That misconception is in 70 % of all -, slips are in 3 % of +, 10 % of * and 5 % of the boxed values.
     """
     values, modulus, operations = common.parse_chain(task.messages[-1]["content"])
     value = values[0]
@@ -355,7 +355,7 @@ def mistaken_solution(rng, task: Task) -> str:
     written = []
     for label, sign, operand in operations:
         result = common.APPLY[sign](value, operand) % modulus
-        if sign == "-" and rng.random() < 0.85:
+        if sign == "-" and rng.random() < 0.7:
             result = (operand - value) % modulus
         elif rng.random() < slips[sign]:
             result = rng.randrange(modulus)
@@ -551,7 +551,7 @@ def load_student(config, device):
     tasks = [small_chain(rng) for _ in range(8000)]
     docs = [common.demonstration(tok, task, mistaken_solution(rng, task)) for task in tasks]
     model = common.tiny_model(tok, config.seed)
-    model = common.fit_tiny("the student", model, docs, steps=300, lr=6e-3, seed=config.seed,
+    model = common.fit_tiny("the student", model, docs, steps=600, lr=6e-3, seed=config.seed,
                             fresh=config.fresh)
     return model.to(device), tok
 
