@@ -264,7 +264,7 @@ def test_the_premise_of_the_tiny_world():
     assert 0.8 < sum(right) / len(right) < 0.95
     solutions = [ropd.Reading(ropd.mistaken_solution(rng, task)) for task in tasks]
     minus = [c for solution in solutions for c in solution.calculations if c.sign == "-"]
-    assert 0.8 < sum((c.right - c.left) % 7 == c.result for c in minus) / len(minus) < 0.95
+    assert 0.65 < sum((c.right - c.left) % 7 == c.result for c in minus) / len(minus) < 0.85
     for i, task in enumerate(tasks):
         question, some = task.messages[0]["content"], [ropd.mistaken_solution(rng, task) for _ in range(8)]
         sides = [list(map(ropd.Reading, side)) for side in (answers[4 * i:4 * i + 4], some)]
@@ -278,12 +278,12 @@ def test_the_premise_of_the_tiny_world():
 # ------------------------------------------------------------------------------------------- training
 @pytest.fixture(scope="module")
 def tiny(session_cache):
-    """The same experiment, smaller: two operations modulo 4, and one fit of seconds for all runs.
+    """The same experiment, smaller: two operations modulo 5, and one fit of seconds for all runs.
     -> student, tokenizer"""
     patch, fit = pytest.MonkeyPatch(), common.fit_tiny
-    patch.setattr(ropd, "small_chain", lambda rng: common.chain_task(rng, operations=(2, 2), modulus=4))
+    patch.setattr(ropd, "small_chain", lambda rng: common.chain_task(rng, operations=(2, 2), modulus=5))
     patch.setattr(common, "fit_tiny",
-                  lambda name, model, docs, steps, **how: fit(name, model, docs[:4000], 150, **how))
+                  lambda name, model, docs, steps, **how: fit(name, model, docs[:4000], 250, **how))
     found = ropd.load_student(ropd.Config(), "cpu")
     patch.setattr(ropd, "load_student", lambda config, device: copy.deepcopy(found))
     yield found
