@@ -573,7 +573,7 @@ def connect(config, role: str, device) -> Callable | None:
     model_name = getattr(config, f"{role}_model")
     json_object = role == "judge" and name.startswith("http")
     chat = chat_backend(name, model_name, config.reply_tokens, json_object=json_object, device=str(device),
-                        retries=2, timeout=120.0)
+                        rows_at_once=config.rows_at_once, retries=2, timeout=120.0)
     if role == "judge":
         return chat
     file = common.run_folder(config, "ropd").parent / "ropd-answers.jsonl"  # other runs read it, too
