@@ -43,9 +43,8 @@ from huggingface_hub.utils import get_session
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, HfArgumentParser,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
-from transformers.cache_utils import StaticLayer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of the python tool
 # cuDNN's attention makes a plan for each new shape, and in a rollout every token has a new one.
@@ -594,7 +593,7 @@ class Row:
     ids: list[int]                     # prompt, turns, tools' messages; only grows
     limit: int                         # of the number of ids
     turn_start: int                    # where the current turn begins
-    read: int = 0                      # so many ids are in the cache
+    in_cache: int = 0                  # so many of its ids are in the cache
     draws: list[tuple] = field(default_factory=list)  # log-prob, entropy of each sampled id
     turns: list[tuple[int, int]] = field(default_factory=list)
     status: list[str] = field(default_factory=list)
@@ -662,25 +661,25 @@ def write_rows(model, tok, rows: list[Row], tool: Tool | None, max_turns: int, t
     cache.read([group[0] for group in groups], range(len(groups)))
     cache.select(np.repeat(range(len(groups)), [len(group) for group in groups]))
     for row in rows:
-        row.read = len(row.ids) - 1
+        row.in_cache = len(row.ids) - 1
 
     batch = rows  # those in the cache, in its order
-    while True:
+    while batch:
         logits = cache.write(batch)                                                 # (n, V)
         draws = choose(logits, temperature, generator)                              # (n, 3)
-        calls = []
+        callers, calls = [], []
         for row, (token, *draw) in zip(batch, draws.tolist()):
-            if row.done or row.read < len(row.ids):  # what such a row drew is dropped
+            if row.done or row.in_cache < len(row.ids):  # what such a row drew is dropped
                 continue
             row.ids.append(int(token))
             row.draws.append(draw)
             if token == end_of_turn(tok) or len(row.ids) == row.limit:
                 call = end_turn(row, tok, tool, max_turns)
                 if call:
-                    calls.append((row, call))
+                    callers.append(row)
+                    calls.append(call)
 
-        answers = run_tools(tool, [call for _, call in calls])
-        for (row, _), (text, status) in zip(calls, answers):
+        for row, (text, status) in zip(callers, run_tools(tool, calls)):
             row.status[-1] = status
             message = tool_message_ids(tok, text, thinking)
             row.done = len(row.ids) + len(message) >= row.limit
@@ -689,12 +688,10 @@ def write_rows(model, tok, rows: list[Row], tool: Tool | None, max_turns: int, t
                 row.turn_start = len(row.ids)
 
         alive = [i for i, row in enumerate(batch) if not row.done]
-        if not alive:
-            break
         if len(alive) < len(batch) / 2:  # done rows leave, but not one by one: each time copies the cache
             cache.select(alive)
             batch = [batch[i] for i in alive]
-        waiting = [i for i, row in enumerate(batch) if len(row.ids) - row.read > 1 and not row.done]
+        waiting = [i for i, row in enumerate(batch) if len(row.ids) - row.in_cache > 1 and not row.done]
         if waiting and len(waiting) >= READ_WHEN * len(alive):
             cache.read([batch[i] for i in waiting], waiting)
 
@@ -711,52 +708,57 @@ def end_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
     return None if row.done else call
 
 
-class RowLayer(StaticLayer):
-    """Keys and values of one layer, (n, heads, length, d): each of n rows is written at its own place."""
-
-    def update(self, key, value, *_, **__):                                         # (r, heads, q, d) each
-        if not self.is_initialized:
-            self.lazy_initialization(key, value)
-        rows, place, width = self.at                                                # (r,), (r, q)
-        self.keys[rows[:, None], :, place] = key.transpose(1, 2)
-        self.values[rows[:, None], :, place] = value.transpose(1, 2)
-        if len(rows) == len(self.keys):  # all of them, in their order: no copy
-            rows = slice(None)
-        return self.keys[rows, :, :width], self.values[rows, :, :width]
-
-
-def next_ids(rows: list[Row], counts: list[int]):
-    """The next ids of the rows, from now on `read`, and their places: (2, r, q), padded on the right. A row
-    that has no next id, since it is done, repeats its last."""
-    starts = [min(row.read, len(row.ids) - 1) for row in rows]
-    new = []
-    for row, start, count in zip(rows, starts, counts):
-        row.read = start + count
-        new.append(row.ids[start:row.read])
-    ids = padded(new, 0)                                                            # (r, q)
-    place = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])              # (r, q)
-    return torch.stack([ids, place])
-
-
-class RowCache(Cache):
-    """The cache of n rows, each with its own length, and the passes that fill it. What a pass leaves behind a
-    row's end (padding, an id that is repeated) is written over before any token sees it."""
+class RowCache:
+    """Keys and values of n rows, each with its own length, and the passes that add to them. What a pass leaves
+    behind a row's end (padding, an id that is repeated) is written over before any token sees it."""
 
     def __init__(self, model, length: int):
-        super().__init__(layers=[RowLayer(length) for _ in range(model.config.num_hidden_layers)])
         self.model = model
         self.length = length
-        self.head = lm_head(model.get_output_embeddings())
+        self.layers = {}  # number of a layer -> (2, n, heads, length, d), keys and values
         self.recording = mixed_precision(model.device)
-        self.one_id_a_row = None
+        self.write_pass = None
 
-    def feed(self, numbers, ids, place, columns: int):
-        """Ids (r, q) go to `place` (r, q) of the rows with these numbers (r,) -> their last hidden states,
-        (r, q, H). Attention reads so many columns; where passes are recorded, all."""
+    def read(self, rows: list[Row], numbers) -> None:
+        """All ids of these rows that wait, but the last. numbers: where the rows stand in the cache."""
+        device = self.model.device
+        ids = padded([row.ids[row.in_cache:-1] for row in rows], 0, device)         # (r, q)
+        start = torch.tensor([[row.in_cache] for row in rows], device=device)       # (r, 1)
+        for row in rows:
+            row.in_cache = len(row.ids) - 1
+        columns = max(row.in_cache for row in rows)
+        self.feed(torch.tensor(numbers, device=device), ids, start, columns)
+
+    def write(self, rows: list[Row]):
+        """The next id of every row in the cache -> logits (n, V) of what follows it."""
+        new = []
+        for row in rows:
+            place = min(row.in_cache, len(row.ids) - 1)  # a done row has no next id: its last one again
+            new.append([row.ids[place], place])
+            row.in_cache = place + 1
+        new = torch.tensor(new)                                                     # (n, 2)
+        self.columns = max(row.in_cache for row in rows)
+        if self.write_pass is None:
+            self.inputs = new.to(self.model.device)
+            self.write_pass = record(self.one_id_a_row) if self.recording else self.one_id_a_row
+        self.inputs.copy_(new)  # in place: a recorded pass reads the same memory again and again
+        return self.write_pass()
+
+    def one_id_a_row(self):
+        """The *write* pass on `self.inputs`, ids and places. Nothing in it waits for a value or depends on one,
+        so a CUDA graph can record it."""
+        everyone = torch.arange(len(self.inputs), device=self.inputs.device)        # (n,)
+        ids, place = self.inputs.split(1, dim=1)                                    # (n, 1) each
+        hidden = self.feed(everyone, ids, place, self.columns)                      # (n, 1, H)
+        return lm_head(self.model.get_output_embeddings())(hidden[:, 0])            # (n, V)
+
+    def feed(self, numbers, ids, start, columns: int):
+        """Both passes: the ids (r, q) of the rows with these numbers (r,) go to their places from `start`
+        (r, 1) on -> last hidden states (r, q, H). Attention reads so many columns; on a GPU, all."""
         width = self.length if self.recording else columns
-        place = place.clamp(max=self.length - 1)                                    # (r, q)
-        for layer in self.layers:
-            layer.at = numbers, place, width
+        place = start + torch.arange(ids.shape[1], device=ids.device)               # (r, q)
+        place = place.clamp(max=self.length - 1)  # padding may reach beyond the cache
+        self.at = numbers, place, width
         age = place[:, None, :, None] - torch.arange(width, device=ids.device)      # (r, 1, q, width)
         mask = age >= 0  # a token sees itself and what stands before it in its row
         config = self.model.config
@@ -765,40 +767,24 @@ class RowCache(Cache):
         return self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=place, cache=self,
                                      use_cache=True).last_hidden_state
 
-    def read(self, rows: list[Row], numbers) -> None:
-        """Reads all waiting ids of these rows but the last. numbers: where the rows are in the cache."""
-        device = self.model.device
-        ids, place = next_ids(rows, [len(row.ids) - 1 - row.read for row in rows]).to(device)   # (r, q) each
-        columns = max(row.read for row in rows)
-        self.feed(torch.tensor(numbers, device=device), ids, place, columns)
-
-    def write(self, rows: list[Row]):
-        """Takes the next id of every row in the cache -> logits (n, V) of what follows."""
-        new = next_ids(rows, [1] * len(rows))                                       # (2, n, 1)
-        self.columns = max(row.read for row in rows)
-        if self.one_id_a_row is None:
-            self.one_id_a_row = self.prepare(new.to(self.model.device))
-        self.inputs.copy_(new)  # in place: a recorded pass reads the same memory again and again
-        return self.one_id_a_row()
-
-    def prepare(self, inputs) -> Callable:
-        """The *write* pass on `inputs` (2, n, 1), ids and places. Nothing in it waits for a value or depends
-        on one, so a CUDA graph can record it."""
-        self.inputs = inputs
-        everyone = torch.arange(inputs.shape[1], device=inputs.device)              # (n,)
-
-        def one_id_a_row():
-            hidden = self.feed(everyone, *inputs, self.columns)                     # (n, 1, H)
-            return self.head(hidden[:, 0])                                          # (n, V)
-        return record(one_id_a_row) if self.recording else one_id_a_row
+    def update(self, key, value, layer: int, **_):                                  # (r, heads, q, d) each
+        """What the model's layers call during `feed`: keys and values of the new ids -> of their whole rows."""
+        numbers, place, width = self.at                                             # (r,), (r, q)
+        new = torch.stack([key, value])                                             # (2, r, heads, q, d)
+        if layer not in self.layers:
+            self.layers[layer] = new.new_zeros(*new.shape[:3], self.length, new.shape[4])
+        stored = self.layers[layer]                                                 # (2, n, heads, length, d)
+        stored[:, numbers[:, None], :, place] = new.permute(1, 3, 0, 2, 4)          # (r, q, 2, heads, d)
+        if len(numbers) == stored.shape[1]:  # all rows, in their order: no copy
+            numbers = slice(None)
+        return stored[:, numbers, :, :width]                                        # (2, r, heads, width, d)
 
     def select(self, numbers) -> None:
         """Keeps these rows of the cache, in this order; a row may be taken several times."""
-        numbers = torch.as_tensor(numbers, device=self.model.device)                # (rows,)
-        for layer in self.layers:
-            layer.keys = layer.keys[numbers]
-            layer.values = layer.values[numbers]
-        self.one_id_a_row = None  # it worked on other tensors
+        numbers = torch.tensor(numbers, dtype=torch.long, device=self.model.device)     # (rows,)
+        for layer, stored in self.layers.items():
+            self.layers[layer] = stored[:, numbers]
+        self.write_pass = None  # it worked on other tensors
 
 
 def record(step: Callable) -> Callable:
