@@ -1062,7 +1062,7 @@ class Run:
         self.folder = run_folder(config, script)
         self.metrics = self.folder / "metrics.jsonl"
         self.interrupted = False
-        print_once.cache_clear()
+        print_once.cache_clear()  # each warning is said once a run
         # What survives --resume.
         self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0,
                       "fingerprint": fingerprint(config, script)}
@@ -1077,15 +1077,14 @@ class Run:
         self.state = last_state(self.folder)
         if self.state is None:
             fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
+        then = self.state["notes"]["fingerprint"]
         now = self.notes["fingerprint"]
-        self.notes = self.state["notes"]
-        then = self.notes["fingerprint"]
-        self.notes["fingerprint"] = now
         if then.pop("code") != now["code"]:
             print("the code has changed since this run began; it goes on with today's", flush=True)
         changed = [f"--{name}" for name in then if then[name] != now.get(name)]
         if changed:
             fail(f"{self.folder} was begun with other values of {', '.join(changed)}; give those again")
+        self.notes = {**self.state["notes"], "fingerprint": now}
 
     def open_folder(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
         """Names what a checkpoint holds, restores it on --resume, returns the first step to do. modules: the
@@ -1120,7 +1119,6 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def warn(self, text: str) -> None:
-        """Each warning once a run."""
         print_once(f"warning: {text}")
 
     def log(self, record: dict) -> None:
