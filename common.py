@@ -43,9 +43,8 @@ from huggingface_hub.utils import get_session
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, HfArgumentParser,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
-from transformers.cache_utils import StaticLayer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of the python tool
 # cuDNN's attention makes a plan for each new shape, and in a rollout every token has a new one.
@@ -215,36 +214,30 @@ def cached(model, key, build: Callable, fresh: bool = False):
     return model.eval()
 
 
-def batches_of(docs: list, rng: random.Random, size: int = 32) -> list[list]:
-    """All documents, shuffled. Those of similar length share a batch, which halves the padding."""
-    order = rng.sample(docs, len(docs))
-    batches = []
-    for start in range(0, len(order), 512):
-        pool = sorted(order[start:start + 512], key=lambda doc: len(doc[0]))
-        batches += [pool[i:i + size] for i in range(0, len(pool), size)]
-    rng.shuffle(batches)
-    return batches
+def batches_of(docs: list, rng: random.Random, size: int = 32):
+    """All documents, shuffled, again and again. Similar lengths share a batch, which halves the padding."""
+    while True:
+        order = rng.sample(docs, len(docs))
+        batches = []
+        for start in range(0, len(order), 512):
+            pool = sorted(order[start:start + 512], key=lambda doc: len(doc[0]))
+            batches += [pool[i:i + size] for i in range(0, len(pool), size)]
+        rng.shuffle(batches)
+        yield from reversed(batches)
 
 
 def fit_tiny(name: str, model, docs: list, steps: int, lr: float = 3e-3, seed: int = 0, fresh: bool = False):
     """Next-token fit of a tiny model, cached. docs: (ids, mask), lists; the loss is where mask is 1. Muon on
     the layers' matrices, AdamW (rate lr) on the rest: half the steps of AdamW alone."""
     def build():
-        rng = random.Random(seed)
-        matrices, others = [], []
-        for where, parameter in model.named_parameters():
-            in_layer = "layers" in where and parameter.dim() == 2
-            (matrices if in_layer else others).append(parameter)
+        matrices = [parameter for parameter in model.base_model.layers.parameters() if parameter.dim() == 2]
+        others = list(set(model.parameters()) - set(matrices))
         muon = torch.optim.Muon(matrices, weight_decay=0.01)
         adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01)
-        batches = []
         model.train()
+        batches = batches_of(docs, random.Random(seed))
         for step in progress(range(steps), desc=f"fitting {name}"):
-            if not batches:
-                batches = batches_of(docs, rng)
-            batch = batches.pop()
-            ids = padded([ids for ids, _ in batch], 0)                              # (B, T)
-            mask = padded([mask for _, mask in batch], 0)                           # (B, T)
+            ids, mask = [padded(part, 0) for part in zip(*next(batches))]           # (B, T) each
             loss = -token_logps(model, ids, mask).sum() / mask.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -370,11 +363,8 @@ def read_rows(source: str) -> list[dict]:
 def row_to_task(row: dict, where: str) -> Task:
     """One dataset row -> Task. Columns: question, problem or prompt (a text or a list of chat messages);
     answer or solution; optional system."""
-    def first_of(*names):
-        return next((row[name] for name in names if row.get(name) is not None), None)
-
-    asked = first_of("question", "problem", "prompt")
-    answer = first_of("answer", "solution")
+    asked = row.get("question") or row.get("problem") or row.get("prompt")
+    answer = row.get("solution") if row.get("answer") is None else row["answer"]
     if not isinstance(asked, (str, list)) or answer is None:
         fail(f"{where} has {sorted(row)}, but needs question, problem or prompt (a text), answer or solution")
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
@@ -564,8 +554,9 @@ def tool_message_ids(tok, text: str, thinking: bool = False) -> list[int]:
 
 def defused(tok, text: str) -> str:
     """Text for a prompt, its special tokens broken up (`< |im_end|>`): it cannot end or begin a turn."""
-    for token in [token.content for token in tok.added_tokens_decoder.values() if token.special]:
-        text = text.replace(token, f"{token[0]} {token[1:]}")
+    for token in tok.added_tokens_decoder.values():
+        if token.special:
+            text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}")
     return text
 
 
@@ -594,7 +585,7 @@ class Row:
     ids: list[int]                     # prompt, turns, tools' messages; only grows
     limit: int                         # of the number of ids
     turn_start: int                    # where the current turn begins
-    read: int = 0                      # so many ids are in the cache
+    in_cache: int = 0                  # so many of its ids are in the cache
     draws: list[tuple] = field(default_factory=list)  # log-prob, entropy of each sampled id
     turns: list[tuple[int, int]] = field(default_factory=list)
     status: list[str] = field(default_factory=list)
@@ -650,11 +641,12 @@ READ_WHEN = 0.25  # share of the rows that wait for a *read* pass
 
 def write_rows(model, tok, rows: list[Row], tool: Tool | None, max_turns: int, temperature: float, generator,
                thinking: bool) -> None:
-    """Writes the rows to their ends. A row all of whose ids are in the cache samples its next one.
+    """Writes the rows to their ends, in one cache, which two kinds of pass fill.
 
-    Two kinds of pass put ids into the cache. *write* takes the next id of every row and returns what may
-    follow it. *read* takes all the ids of some rows at once, but for their last: prompts, and tools'
-    messages, once they wait in enough of the rows; until then they go in with *write*, id by id.
+    *write* puts the next id of every row into the cache. If it was the row's last one, the row samples what
+    follows it. *read* puts in many ids of some rows at once: the prompts, and later tools' messages, as soon
+    as enough rows wait with one; until then a message goes in with *write*, id by id. *read* leaves the last
+    id to *write*, since what follows must be sampled.
     """
     cache = RowCache(model, length=max(row.limit for row in rows))
     # Rows of one problem stand side by side: their prompt is read once and copied.
@@ -662,25 +654,25 @@ def write_rows(model, tok, rows: list[Row], tool: Tool | None, max_turns: int, t
     cache.read([group[0] for group in groups], range(len(groups)))
     cache.select(np.repeat(range(len(groups)), [len(group) for group in groups]))
     for row in rows:
-        row.read = len(row.ids) - 1
+        row.in_cache = len(row.ids) - 1
 
     batch = rows  # those in the cache, in its order
-    while True:
+    while batch:
         logits = cache.write(batch)                                                 # (n, V)
         draws = choose(logits, temperature, generator)                              # (n, 3)
-        calls = []
+        callers, calls = [], []
         for row, (token, *draw) in zip(batch, draws.tolist()):
-            if row.done or row.read < len(row.ids):  # what such a row drew is dropped
+            if row.done or row.in_cache < len(row.ids):  # what such a row drew is dropped
                 continue
             row.ids.append(int(token))
             row.draws.append(draw)
             if token == end_of_turn(tok) or len(row.ids) == row.limit:
                 call = end_turn(row, tok, tool, max_turns)
                 if call:
-                    calls.append((row, call))
+                    callers.append(row)
+                    calls.append(call)
 
-        answers = run_tools(tool, [call for _, call in calls])
-        for (row, _), (text, status) in zip(calls, answers):
+        for row, (text, status) in zip(callers, run_tools(tool, calls)):
             row.status[-1] = status
             message = tool_message_ids(tok, text, thinking)
             row.done = len(row.ids) + len(message) >= row.limit
@@ -689,12 +681,10 @@ def write_rows(model, tok, rows: list[Row], tool: Tool | None, max_turns: int, t
                 row.turn_start = len(row.ids)
 
         alive = [i for i, row in enumerate(batch) if not row.done]
-        if not alive:
-            break
-        if len(alive) < len(batch) / 2:  # done rows leave, but not one by one: each time copies the cache
+        if len(alive) < len(batch) / 2:  # done rows leave together, since each time copies the cache
             cache.select(alive)
             batch = [batch[i] for i in alive]
-        waiting = [i for i, row in enumerate(batch) if len(row.ids) - row.read > 1 and not row.done]
+        waiting = [i for i, row in enumerate(batch) if len(row.ids) - row.in_cache > 1]
         if waiting and len(waiting) >= READ_WHEN * len(alive):
             cache.read([batch[i] for i in waiting], waiting)
 
@@ -711,52 +701,57 @@ def end_turn(row: Row, tok, tool: Tool | None, max_turns: int) -> dict | None:
     return None if row.done else call
 
 
-class RowLayer(StaticLayer):
-    """Keys and values of one layer, (n, heads, length, d): each of n rows is written at its own place."""
-
-    def update(self, key, value, *_, **__):                                         # (r, heads, q, d) each
-        if not self.is_initialized:
-            self.lazy_initialization(key, value)
-        rows, place, width = self.at                                                # (r,), (r, q)
-        self.keys[rows[:, None], :, place] = key.transpose(1, 2)
-        self.values[rows[:, None], :, place] = value.transpose(1, 2)
-        if len(rows) == len(self.keys):  # all of them, in their order: no copy
-            rows = slice(None)
-        return self.keys[rows, :, :width], self.values[rows, :, :width]
-
-
-def next_ids(rows: list[Row], counts: list[int]):
-    """The next ids of the rows, from now on `read`, and their places: (2, r, q), padded on the right. A row
-    that has no next id, since it is done, repeats its last."""
-    starts = [min(row.read, len(row.ids) - 1) for row in rows]
-    new = []
-    for row, start, count in zip(rows, starts, counts):
-        row.read = start + count
-        new.append(row.ids[start:row.read])
-    ids = padded(new, 0)                                                            # (r, q)
-    place = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])              # (r, q)
-    return torch.stack([ids, place])
-
-
-class RowCache(Cache):
-    """The cache of n rows, each with its own length, and the passes that fill it. What a pass leaves behind a
-    row's end (padding, an id that is repeated) is written over before any token sees it."""
+class RowCache:
+    """Keys and values of n rows, each with its own length, and the passes that add to them. What a pass
+    leaves behind a row's end (padding, an id that is repeated) is written over before any token sees it."""
 
     def __init__(self, model, length: int):
-        super().__init__(layers=[RowLayer(length) for _ in range(model.config.num_hidden_layers)])
         self.model = model
         self.length = length
-        self.head = lm_head(model.get_output_embeddings())
+        self.layers = {}  # number of a layer -> (2, n, heads, length, d), keys and values
         self.recording = mixed_precision(model.device)
-        self.one_id_a_row = None
+        self.write_pass = None
 
-    def feed(self, numbers, ids, place, columns: int):
-        """Ids (r, q) go to `place` (r, q) of the rows with these numbers (r,) -> their last hidden states,
-        (r, q, H). Attention reads so many columns; where passes are recorded, all."""
+    def read(self, rows: list[Row], numbers) -> None:
+        """All ids of these rows that wait, but the last. numbers: where the rows stand in the cache."""
+        device = self.model.device
+        ids = padded([row.ids[row.in_cache:-1] for row in rows], 0, device)         # (r, q)
+        start = torch.tensor([[row.in_cache] for row in rows], device=device)       # (r, 1)
+        for row in rows:
+            row.in_cache = len(row.ids) - 1
+        columns = max(row.in_cache for row in rows)
+        self.feed(torch.tensor(numbers, device=device), ids, start, columns)
+
+    def write(self, rows: list[Row]):
+        """The next id of every row in the cache -> logits (n, V) of what follows it."""
+        new = []
+        for row in rows:
+            place = min(row.in_cache, len(row.ids) - 1)  # a done row has no next id: its last one again
+            new.append([row.ids[place], place])
+            row.in_cache = place + 1
+        new = torch.tensor(new)                                                     # (n, 2)
+        self.columns = max(row.in_cache for row in rows)
+        if self.write_pass is None:
+            self.inputs = new.to(self.model.device)
+            self.write_pass = record(self.one_id_a_row) if self.recording else self.one_id_a_row
+        self.inputs.copy_(new)  # in place: a recorded pass reads the same memory again and again
+        return self.write_pass()
+
+    def one_id_a_row(self):
+        """The *write* pass on `self.inputs`, ids and places. Nothing in it waits for a value or depends on
+        one, so a CUDA graph can record it."""
+        everyone = torch.arange(len(self.inputs), device=self.inputs.device)        # (n,)
+        ids, place = self.inputs.split(1, dim=1)                                    # (n, 1) each
+        hidden = self.feed(everyone, ids, place, self.columns)                      # (n, 1, H)
+        return lm_head(self.model.get_output_embeddings())(hidden[:, 0])            # (n, V)
+
+    def feed(self, numbers, ids, start, columns: int):
+        """Both passes: the ids (r, q) of the rows with these numbers (r,) go to their places from `start`
+        (r, 1) on -> last hidden states (r, q, H). Attention reads so many columns; on a GPU, all."""
         width = self.length if self.recording else columns
-        place = place.clamp(max=self.length - 1)                                    # (r, q)
-        for layer in self.layers:
-            layer.at = numbers, place, width
+        place = start + torch.arange(ids.shape[1], device=ids.device)               # (r, q)
+        place = place.clamp(max=self.length - 1)  # padding may reach beyond the cache
+        self.at = numbers, place, width
         age = place[:, None, :, None] - torch.arange(width, device=ids.device)      # (r, 1, q, width)
         mask = age >= 0  # a token sees itself and what stands before it in its row
         config = self.model.config
@@ -765,40 +760,24 @@ class RowCache(Cache):
         return self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=place, cache=self,
                                      use_cache=True).last_hidden_state
 
-    def read(self, rows: list[Row], numbers) -> None:
-        """Reads all waiting ids of these rows but the last. numbers: where the rows are in the cache."""
-        device = self.model.device
-        ids, place = next_ids(rows, [len(row.ids) - 1 - row.read for row in rows]).to(device)   # (r, q) each
-        columns = max(row.read for row in rows)
-        self.feed(torch.tensor(numbers, device=device), ids, place, columns)
-
-    def write(self, rows: list[Row]):
-        """Takes the next id of every row in the cache -> logits (n, V) of what follows."""
-        new = next_ids(rows, [1] * len(rows))                                       # (2, n, 1)
-        self.columns = max(row.read for row in rows)
-        if self.one_id_a_row is None:
-            self.one_id_a_row = self.prepare(new.to(self.model.device))
-        self.inputs.copy_(new)  # in place: a recorded pass reads the same memory again and again
-        return self.one_id_a_row()
-
-    def prepare(self, inputs) -> Callable:
-        """The *write* pass on `inputs` (2, n, 1), ids and places. Nothing in it waits for a value or depends
-        on one, so a CUDA graph can record it."""
-        self.inputs = inputs
-        everyone = torch.arange(inputs.shape[1], device=inputs.device)              # (n,)
-
-        def one_id_a_row():
-            hidden = self.feed(everyone, *inputs, self.columns)                     # (n, 1, H)
-            return self.head(hidden[:, 0])                                          # (n, V)
-        return record(one_id_a_row) if self.recording else one_id_a_row
+    def update(self, key, value, layer: int, **_):                                  # (r, heads, q, d) each
+        """Called by the model's layers during `feed`: keys and values of new ids -> of their whole rows."""
+        numbers, place, width = self.at                                             # (r,), (r, q)
+        new = torch.stack([key, value])                                             # (2, r, heads, q, d)
+        if layer not in self.layers:
+            self.layers[layer] = new.new_zeros(*new.shape[:3], self.length, new.shape[4])
+        stored = self.layers[layer]                                                 # (2, n, heads, length, d)
+        stored[:, numbers[:, None], :, place] = new.permute(1, 3, 0, 2, 4)          # (r, q, 2, heads, d)
+        if len(numbers) == stored.shape[1]:  # all rows, in their order: no copy
+            numbers = slice(None)
+        return stored[:, numbers, :, :width]                                        # (2, r, heads, width, d)
 
     def select(self, numbers) -> None:
         """Keeps these rows of the cache, in this order; a row may be taken several times."""
-        numbers = torch.as_tensor(numbers, device=self.model.device)                # (rows,)
-        for layer in self.layers:
-            layer.keys = layer.keys[numbers]
-            layer.values = layer.values[numbers]
-        self.one_id_a_row = None  # it worked on other tensors
+        numbers = torch.tensor(numbers, dtype=torch.long, device=self.model.device)     # (rows,)
+        for layer, stored in self.layers.items():
+            self.layers[layer] = stored[:, numbers]
+        self.write_pass = None  # it worked on other tensors
 
 
 def record(step: Callable) -> Callable:
@@ -869,19 +848,22 @@ def padded(sequences: list[list], value, device=None):
 
 def rewards(rollouts: Rollouts, tasks: list[Task]):
     """1.0 for a finished rollout whose last turn holds the right answer, else 0.0: (B,)."""
-    answers = [task.answer for task in tasks for _ in range(len(rollouts.texts) // len(tasks))]
-    right = [is_correct(text, answer) for text, answer in zip(rollouts.texts, answers)]
+    group_size = len(rollouts.texts) // len(tasks)
+    right = [is_correct(text, tasks[i // group_size].answer) for i, text in enumerate(rollouts.texts)]
     return torch.tensor(right, device=rollouts.ids.device).float() * rollouts.finished
 
 
 def transcript(tok, rollouts: Rollouts, row: int) -> str:
     """One rollout for people: what the model wrote, with the tools' texts in [brackets]."""
-    ids, turns = rollouts.ids[row], rollouts.turns[row]
-    said = [tok.decode(ids[start:end], skip_special_tokens=True).strip() for start, end in turns]
-    for k in range(1, len(turns)):
-        heard = re.split("</?tool_response>", tok.decode(ids[turns[k - 1][1]:turns[k][0]]))[1]
-        said[k] = f"[{heard.strip()}] {said[k]}"
-    return " ".join(said).replace("\n", " ")
+    ids = rollouts.ids[row]                                                         # (T,)
+    parts = []
+    for start, end in rollouts.turns[row]:
+        if parts:
+            heard = re.split("</?tool_response>", tok.decode(ids[said_until:start]))[1]
+            parts.append(f"[{heard.strip()}]")
+        parts.append(tok.decode(ids[start:end], skip_special_tokens=True).strip())
+        said_until = end
+    return " ".join(parts).replace("\n", " ")
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -916,9 +898,9 @@ def over_vocab_chunks(hidden, head, fn: Callable, *rows):
         return fn(logits(hidden), *rows)
     size = max(1, CHUNK_LOGITS // head.weight.shape[0])
     chunks = list(zip(*(x.split(size) for x in (hidden, *rows))))
-    if torch.is_grad_enabled() and len(chunks) > 1:
-        return torch.cat([checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks])
-    return torch.cat([one(*chunk) for chunk in chunks])
+    again = torch.is_grad_enabled() and len(chunks) > 1
+    run = functools.partial(checkpoint, one, use_reentrant=False) if again else one
+    return torch.cat([run(*chunk) for chunk in chunks])
 
 
 def token_logps(model, ids, mask, temperature: float = 1.0, with_entropy: bool = False):
@@ -1080,7 +1062,7 @@ class Run:
         self.folder = run_folder(config, script)
         self.metrics = self.folder / "metrics.jsonl"
         self.interrupted = False
-        self.warnings = set()
+        print_once.cache_clear()  # each warning is said once a run
         # What survives --resume.
         self.notes = {"step": 0, "seconds": 0.0, "step_seconds": 0.0, "skipped_steps": 0,
                       "fingerprint": fingerprint(config, script)}
@@ -1095,11 +1077,11 @@ class Run:
         self.state = last_state(self.folder)
         if self.state is None:
             fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
-        recorded, now = self.state["notes"]["fingerprint"], self.notes["fingerprint"]
-        changed = [f"--{name}" for name in recorded if recorded[name] != now.get(name)]
-        if "--code" in changed:
+        then = self.state["notes"]["fingerprint"]
+        now = self.notes["fingerprint"]
+        if then.pop("code") != now["code"]:
             print("the code has changed since this run began; it goes on with today's", flush=True)
-        changed = [flag for flag in changed if flag != "--code"]
+        changed = [f"--{name}" for name in then if then[name] != now.get(name)]
         if changed:
             fail(f"{self.folder} was begun with other values of {', '.join(changed)}; give those again")
         self.notes = {**self.state["notes"], "fingerprint": now}
@@ -1137,10 +1119,7 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def warn(self, text: str) -> None:
-        """Each warning once."""
-        if text not in self.warnings:
-            self.warnings.add(text)
-            print(f"warning: {text}", flush=True)
+        print_once(f"warning: {text}")
 
     def log(self, record: dict) -> None:
         with open(self.metrics, "a") as file:
@@ -1238,18 +1217,19 @@ def table(rows: list[list], head: list[str]) -> str:
     lines = []
     for row in cells:
         lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines.insert(1, re.sub("[^|]", "-", lines[0]))
     return "\n".join(lines)
 
 
 def compared(train: Callable, config, variants: dict[str, dict], script: str) -> dict[str, list[dict]]:
-    """Trains every variant (name -> the flags in which it differs) on --seeds seeds: name -> summaries.
-    After a stop, a cell in the middle goes on; a finished one is taken if flags and code are the same."""
+    """Trains every variant (name -> the flags in which it differs) on --seeds seeds: name -> summaries. A
+    cell is one variant on one seed. After a stop, finished cells are taken if flags and code are the same,
+    and the one in the middle goes on."""
     cells = list(itertools.product(range(config.seed, config.seed + config.seeds), variants))
     print(f"{len(cells)} runs: {len(variants)} variants on {config.seeds} seeds", flush=True)
     summaries = {name: [] for name in variants}
     seconds = []  # of the cells that were trained here
-    for done, (seed, name) in enumerate(cells):
+    for done, (seed, name) in enumerate(cells, 1):
         folder = Path(config.out or f"runs/{script}-compare", f"{re.sub('[^a-z0-9_]+', '-', name)}-s{seed}")
         flags = {"seed": seed, "out": str(folder), "show_every": 0, **variants[name]}
         cell = replace(config, **flags)
@@ -1260,14 +1240,14 @@ def compared(train: Callable, config, variants: dict[str, dict], script: str) ->
             summary = train(cell)
             config = replace(config, fresh=False)  # the tiny models are fitted anew only once
             seconds.append(time.time() - started)
-            left = len(cells) - done - 1
+            left = len(cells) - done
             print(f"{left} runs to go, about {left * min(seconds) / 60:.0f} minutes", flush=True)
         summaries[name].append(summary)
     return summaries
 
 
 def finished_cell(cell, script: str) -> dict | None:
-    """The summary of a cell that need not be trained again; else sets its --resume and --overwrite."""
+    """The summary of a cell that need not be trained again; else None, and --resume or --overwrite is set."""
     folder = Path(cell.out)
     now = fingerprint(cell, script)
     path = folder / "summary.json"
@@ -1300,9 +1280,11 @@ def seed_table(summaries: dict[str, list[dict]], columns: dict[str, str]) -> str
         cells = [cell([run.get(key) for run in runs]) for key in columns]
         gaps = [run[first_key] - other[first_key] for run, other in zip(runs, first_row)]
         paired = "" if runs is first_row else cell(gaps, divisor=len(gaps)**0.5)
-        rows.append([name, cells[0], paired, *cells[1:]])
-    heading, *headings = columns.values()
-    return table(rows, ["method", heading, f"minus {rows[0][0]}, ± s.e.", *headings])
+        cells.insert(1, paired)
+        rows.append([name, *cells])
+    head = ["method", *columns.values()]
+    head.insert(2, f"minus {rows[0][0]}, ± s.e.")
+    return table(rows, head)
 
 
 def launch(config, script: str, train: Callable, **actions: Callable) -> None:
@@ -1350,9 +1332,9 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, *, 
 
 def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, timeout: float = 60.0,
              retries: int = 4) -> Callable:
-    """`chat_backend` for a server, 8 requests at once. A request that fails, but for a refusal (4xx), is
-    repeated after 1, 2, 4, 8 s. The first one is made here: a wrong address, key, model or flag must show
-    before any work is done."""
+    """`chat_backend` for a server, 8 requests at once. A request that fails is repeated after 1, 2, 4, 8 s,
+    but for one that the server refuses (4xx). The first request is made here: a wrong address, key, model or
+    flag must show before any work is done."""
     # The key is explicit: without one the client would send this machine's Hugging Face token to the URL.
     key = os.environ.get("OPENAI_API_KEY") or "EMPTY"
     client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
@@ -1361,20 +1343,23 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, 
         usual["response_format"] = {"type": "json_object"}
 
     def request(messages, temperature):
-        """-> text or None, and what was said instead of a reply."""
+        """-> (text or None, what was said instead of a reply)."""
         for attempt in range(retries + 1):
+            if attempt:
+                time.sleep(2.0**(attempt - 1))
             try:
                 reply = client.chat_completion(messages, temperature=temperature, **usual)
                 choice = reply.choices[0]
                 text = choice.message.content
-                cut = choice.finish_reason in ("length", "content_filter")
-                return (None if cut or not isinstance(text, str) else text or None), ""
             except Exception as error:  # the error classes differ between versions, these attributes do not
-                code = getattr(getattr(error, "response", None), "status_code", 0)
                 said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            if 400 <= code < 500 or attempt == retries:
-                return None, said
-            time.sleep(2.0**attempt)
+                code = getattr(getattr(error, "response", None), "status_code", 0)
+                if 400 <= code < 500:
+                    break
+            else:
+                cut = choice.finish_reason in ("length", "content_filter")
+                return text if isinstance(text, str) and text and not cut else None, ""
+        return None, said
 
     def chat(conversations, temperature=0.0):
         with ThreadPool(8) as pool:
@@ -1400,15 +1385,16 @@ def read_object(text: str) -> dict:
 
 
 def ask(chat: Callable, conversations: list, check, tally: Counter, tries: int = 3) -> list:
-    """check(the reply's JSON object) for each conversation, None where no usable reply came. check: one or a
-    list of functions. On a Value-, Lookup-, Type- or AttributeError the model is told why and asked again."""
+    """check(the reply's JSON object) for each conversation, None where no usable reply came. check: a
+    function, or a list with one for each conversation; a Value-, Lookup-, Type- or AttributeError in it is
+    told to the model, which is asked again. tally counts the calls and what was wrong."""
     checks = check if isinstance(check, list) else [check] * len(conversations)
     results = [None] * len(conversations)
-    todo = dict(enumerate(conversations))
+    todo = dict(enumerate(conversations))  # what is still to be asked
     for _ in range(tries):
-        replies = chat(list(todo.values())) if todo else []
-        asked, todo = list(todo), {}
-        for i, reply in zip(asked, replies):
+        replies = dict(zip(todo, chat(list(todo.values())))) if todo else {}
+        todo = {}
+        for i, reply in replies.items():
             tally["calls"] += 1
             if reply is None:
                 tally["no complete reply"] += 1

@@ -195,7 +195,7 @@ def run_script(monkeypatch, tok, model, rows, **how):
         return write(cache, now)
 
     def choose(logits, temperature, generator):
-        writes = [not row.done and row.read == len(row.ids) for row in batch]
+        writes = [not row.done and row.in_cache == len(row.ids) for row in batch]
         token = torch.tensor([[next(scripts[id(row)]) if w else 0] for row, w in zip(batch, writes)])
         logps = torch.log_softmax(logits / temperature, -1)
         return torch.cat([token, logps.gather(1, token), common.entropy_of(logps)[:, None]], 1)
@@ -381,8 +381,8 @@ def test_a_cuda_graph_could_record_the_write_pass(tok, model, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         assert cache.one_id_a_row().shape == (3, len(tok))
     feed = common.RowCache.feed
-    monkeypatch.setattr(common.RowCache, "feed", lambda self, rows, ids, place, columns: feed(
-        self, rows, ids, place, int(place.max()) + 1))
+    monkeypatch.setattr(common.RowCache, "feed", lambda self, numbers, ids, start, columns: feed(
+        self, numbers, ids, start, int(start.max()) + 1))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), pytest.raises(DataDependentOutputException):
         cache.one_id_a_row()
 
@@ -392,11 +392,10 @@ def test_what_is_recorded_stays_in_its_place(tok, model, monkeypatch):
     recordings = []
 
     def record(step):
-        cache = step.__closure__[[cell for cell in step.__code__.co_freevars].index("self")].cell_contents
+        cache = step.__self__
 
         def addresses():
-            tensors = [cache.inputs, *(x for layer in cache.layers for x in (layer.keys, layer.values)),
-                       *cache.model.parameters()]
+            tensors = [cache.inputs, *cache.layers.values(), *cache.model.parameters()]
             return [tensor.data_ptr() for tensor in tensors]
         step()
         recorded, runs = addresses(), []

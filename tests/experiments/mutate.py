@@ -190,10 +190,10 @@ ROPD = {
 ROLLOUT = {
     "a token sees the one behind it": ("mask = age >= 0 ", "mask = age >= -1 "),
     "the window is one too wide": ("mask & (age < config.sliding_window)", "mask & (age <= config.sliding_window)"),
-    "places are off by one": ("place = torch.tensor(starts)[:, None] + torch.arange", "place = torch.tensor(starts)[:, None] + 1 + torch.arange"),
-    "keys of other rows": ("self.keys[rows[:, None], :, place]", "self.keys[rows.flip(0)[:, None], :, place]"),
+    "places are off by one": ("place = start + torch.arange", "place = start + 1 + torch.arange"),
+    "keys of other rows": ("stored[:, numbers[:, None], :, place]", "stored[:, numbers.flip(0)[:, None], :, place]"),
     "rows that leave are the wrong ones": ("cache.select(alive)", "cache.select(range(len(alive)))"),
-    "a waiting row samples": ("if row.done or row.read < len(row.ids):", "if row.done:"),
+    "a waiting row samples": ("if row.done or row.in_cache < len(row.ids):", "if row.done:"),
     "the tool's message is trained": ("        for start, end in row.turns:\n            mask[i, start:end] = 1", "        mask[i, row.turns[0][0]:row.turns[-1][1]] = 1"),
     "the end of a turn is not trained": ("row.turns.append((row.turn_start, len(row.ids)))", "row.turns.append((row.turn_start, len(row.ids) - 1))"),
     "a message may fill the budget": ("row.done = len(row.ids) + len(message) >= row.limit", "row.done = False"),
