@@ -752,11 +752,13 @@ class RowCache:
         place = start + torch.arange(ids.shape[1], device=ids.device)               # (r, q)
         place = place.clamp(max=self.length - 1)  # padding may reach beyond the cache
         self.at = numbers, place, width
-        age = place[:, None, :, None] - torch.arange(width, device=ids.device)      # (r, 1, q, width)
-        mask = age >= 0  # a token sees itself and what stands before it in its row
+        here = place[:, None, :, None]                                              # (r, 1, q, 1)
+        column = torch.arange(width, device=ids.device)                             # (width,)
+        mask = column <= here  # (r, 1, q, width) a token sees itself and what stands before it in its row
         config = self.model.config
-        if "sliding_attention" in getattr(config, "layer_types", ()):
-            mask = {"full_attention": mask, "sliding_attention": mask & (age < config.sliding_window)}
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            near = column > here - config.sliding_window                            # (r, 1, q, width)
+            mask = {"full_attention": mask, "sliding_attention": mask & near}
         return self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=place, cache=self,
                                      use_cache=True).last_hidden_state
 
@@ -788,6 +790,8 @@ def record(step: Callable) -> Callable:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output = step()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         print_once(f"note: CUDA could not record a pass of the rollouts, which are slower now ({error})")
         return step
@@ -880,12 +884,16 @@ def hidden_at(model, ids, mask):
 
 
 def lm_head(head) -> Callable:
-    """The head as a function hidden (n, H) -> logits (n, V) in fp32; its weights are cast once, here. Models
-    that cap or scale their logits behind it (Gemma 2, Granite, Cohere) would be scored wrongly."""
+    """The head as a function hidden (n, H) -> logits (n, V) in fp32. Models that cap or scale their logits
+    behind it (Gemma 2, Granite, Cohere) would be scored wrongly."""
     dtype = torch.bfloat16 if mixed_precision(head.weight.device) else head.weight.dtype
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-    # .float(): a softmax in bf16 would lose the small probabilities
-    return lambda hidden: F.linear(hidden.to(dtype), weight, bias).float()
+
+    def logits(hidden):                                                             # (n, H)
+        # The weights are cast in each call, so that the gradients of all chunks add up in fp32.
+        bias = None if head.bias is None else head.bias.to(dtype)
+        # .float(): a softmax in bf16 would lose the small probabilities
+        return F.linear(hidden.to(dtype), head.weight.to(dtype), bias).float()
+    return logits
 
 
 def over_vocab_chunks(hidden, head, fn: Callable, *rows):
@@ -1287,7 +1295,7 @@ def seed_table(summaries: dict[str, list[dict]], columns: dict[str, str]) -> str
     return table(rows, head)
 
 
-def launch(config, script: str, train: Callable, **actions: Callable) -> None:
+def launch(config, train: Callable, **actions: Callable) -> None:
     """The action whose flag is given, else train. What may happen at any time ends in one sentence."""
     given = [flag for flag in actions if getattr(config, flag)]
     if len(given) > 1:
@@ -1480,7 +1488,7 @@ def train(config: Config) -> dict:
 
 
 def main(argv=None) -> None:
-    launch(parse(Config, argv), "common", train)
+    launch(parse(Config, argv), train)
 
 
 if __name__ == "__main__":

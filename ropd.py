@@ -824,7 +824,7 @@ def main(argv=None) -> None:
     for flag, changes_something in useful.items():
         if getattr(config, flag) and not changes_something:
             common.fail(f"--{flag} would change nothing here; leave it out")
-    common.launch(config, "ropd", train, explain=explain, compare=compare)
+    common.launch(config, train, explain=explain, compare=compare)
 
 
 if __name__ == "__main__":

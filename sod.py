@@ -479,7 +479,7 @@ def explain(config: Config) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = common.parse(Config, argv)
-    common.launch(config, "sod", train, explain=explain, compare=compare)
+    common.launch(config, train, explain=explain, compare=compare)
 
 
 if __name__ == "__main__":

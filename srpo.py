@@ -555,7 +555,7 @@ def main(argv=None) -> None:
         common.fail(f"--ema {config.ema} is out of range; give a share from 0 to 1")
     if config.minibatches != 1:
         common.fail("--minibatches must be 1: the weights and N belong to one update on the whole batch")
-    common.launch(config, "srpo", train, explain=explain, compare=compare)
+    common.launch(config, train, explain=explain, compare=compare)
 
 
 if __name__ == "__main__":

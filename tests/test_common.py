@@ -738,7 +738,7 @@ def test_seed_table_pairs_seed_by_seed():
                                          (OSError(28, "No space left\non device", "x"), "No space left")])
 def test_what_may_happen_at_any_time_is_one_sentence(error, word, refused):
     train = mock.Mock(side_effect=error)
-    assert word in refused(common.launch, common.Config(), "x", train)
+    assert word in refused(common.launch, common.Config(), train)
 
 
 @pytest.mark.parametrize("name", ["common", "ropd", "srpo"])  # sod and dcpm run as processes elsewhere

@@ -188,8 +188,8 @@ ROPD = {
 }
 
 ROLLOUT = {
-    "a token sees the one behind it": ("mask = age >= 0 ", "mask = age >= -1 "),
-    "the window is one too wide": ("mask & (age < config.sliding_window)", "mask & (age <= config.sliding_window)"),
+    "a token sees the one behind it": ("mask = column <= here ", "mask = column <= here + 1 "),
+    "the window is one too wide": ("column > here - config.sliding_window", "column >= here - config.sliding_window"),
     "places are off by one": ("place = start + torch.arange", "place = start + 1 + torch.arange"),
     "keys of other rows": ("stored[:, numbers[:, None], :, place]", "stored[:, numbers.flip(0)[:, None], :, place]"),
     "rows that leave are the wrong ones": ("cache.select(alive)", "cache.select(range(len(alive)))"),
@@ -201,7 +201,7 @@ ROLLOUT = {
     "the prompt goes to the wrong group": ("np.repeat(range(len(groups)), [len(group) for group in groups])", "np.resize(range(len(groups)), len(rows))"),
     "temperature is ignored": ("torch.log_softmax(logits / (temperature or 1.0), -1)", "torch.log_softmax(logits, -1)"),
     "the first token is never drawn": ("u * below[:, -1:], right=True", "u * below[:, -1:] + below[:, :1], right=True"),
-    "a value is read in the write pass": ("age = place[:, None, :, None]", "assert place.max() < self.length\n        age = place[:, None, :, None]"),
+    "a value is read in the write pass": ("here = place[:, None, :, None]", "assert place.max() < self.length\n        here = place[:, None, :, None]"),
     "the inputs move": ("self.inputs.copy_(new)", "self.inputs = new.clone()"),
     "the bf16 copy is not refreshed": ("        ours.copy_(theirs)", "        pass"),
     "a tool's exception ends the run": ("        except Exception as error:\n            return cut_middle(", "        except ZeroDivisionError as error:\n            return cut_middle("),
