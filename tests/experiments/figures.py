@@ -27,7 +27,7 @@ STYLES = [{"color": "black", "ls": "-"}, {"color": "tab:blue", "ls": "--"}, {"co
 def curve(pattern: str, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Step, mean and standard deviation over the seeds' runs of a figure in metrics.jsonl."""
     runs = []
-    for folder in sorted(Path("runs").glob(pattern)):
+    for folder in sorted(path.parent for path in Path("runs").glob(f"{pattern}/summary.json")):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         wanted = [line for line in lines if line.get(key) is not None and line.get("eval") != "after"]
         wanted = [line for line in wanted if ("eval" in line) == (key == "accuracy")]
@@ -46,39 +46,42 @@ def smooth(values: np.ndarray, width: int = 10) -> np.ndarray:
 
 def draw(axis, pattern: str, key: str, label: str, style: dict, width: int = 1) -> None:
     steps, mean, spread = curve(pattern, key)
-    axis.plot(steps, smooth(mean, width), label=label, lw=1.6, **style)
-    axis.fill_between(steps, smooth(mean - spread, width), smooth(mean + spread, width), color=style["color"], alpha=0.12,
-                      lw=0)
+    some = slice(None, None, max(1, len(steps) // 40))  # for the file's size
+    axis.plot(steps[some], smooth(mean, width)[some], label=label, lw=1.6, **style)
+    axis.fill_between(steps[some], smooth(mean - spread, width)[some], smooth(mean + spread, width)[some],
+                      color=style["color"], alpha=0.12, lw=0)
 
 
 def sod_rollout() -> None:
     """One rollout as a strip: sampled and given tokens, turns with d_k and w_k, the failed call."""
     config = sod.Config()
-    teacher, tok, tasks, rollouts = sod.first_rollouts(config, 64)
+    teacher, tok, tasks, rollouts = sod.first_rollouts(config, 200)
     teacher_logps, _ = common.score(teacher, rollouts)
 
-    def fit(i):  # four turns, one of which failed and was not the first or last
-        failed = [k for k, status in enumerate(rollouts.tool_status[i]) if status == "timeout"]
-        return failed == [1] and len(rollouts.turns[i]) == 5
-    i = next(i for i in range(64) if fit(i))
+    def shows(i):  # the first in which one call times out, not the first one, and the next turn counts less
+        failed = [k for k, status in enumerate(rollouts.tool_status[i]) if status not in ("ok", "none")]
+        d = sod.step_divergence(rollouts.logps[i], teacher_logps[i], rollouts.turns[i])
+        alone = len(failed) == 1 and 0 < failed[0] < len(d) - 1 and rollouts.tool_status[i][failed[0]] == "timeout"
+        return alone and sod.step_weights(d)[failed[0] + 1] < 0.8
+    i = next(i for i in range(len(tasks)) if shows(i))
     turns, status = rollouts.turns[i], rollouts.tool_status[i]
     d = sod.step_divergence(rollouts.logps[i], teacher_logps[i], turns)
     weights = sod.step_weights(d, config.delta)
     gap = (teacher_logps - rollouts.logps)[i].tolist()
     begin, end = turns[0][0], turns[-1][1]
+    top = max(abs(g) for g in gap[begin:end])
     figure, axis = plt.subplots(figsize=(9, 2.6), layout="tight")
     axis.grid(False)
     for t in range(begin, end):
         sampled = bool(rollouts.mask[i, t])
         axis.bar(t - begin, abs(gap[t]) if sampled else 0.0, width=0.8, color="0.35")
-        axis.bar(t - begin, -0.25, width=0.9, color="white" if sampled else "0.8", edgecolor="0.4", lw=0.6,
+        axis.bar(t - begin, -0.1 * top, width=0.9, color="white" if sampled else "0.8", edgecolor="0.4", lw=0.6,
                  hatch="" if sampled else "////")
-    top = max(abs(g) for g in gap[begin:end])
     for k, (start, stop) in enumerate(turns):
         failed = "\ntimes out" if status[k] in ("error", "timeout") else ""
-        axis.text((start + stop) / 2 - begin - 0.5, 1.25 * top, f"turn {k + 1}{failed}\n$d$ = {d[k]:.2f}\n$w$ = {weights[k]:.2f}",
+        axis.text((start + stop) / 2 - begin - 0.5, 1.7 * top, f"turn {k + 1}{failed}\n$d$ = {d[k]:.2f}\n$w$ = {weights[k]:.2f}",
                   ha="center", va="top", weight="bold" if failed else "normal")
-    axis.set(ylim=(-0.3, 1.3 * top), xlim=(-1, end - begin), xlabel="token (white: sampled, hatched: the tool's message)",
+    axis.set(ylim=(-0.12 * top, 1.75 * top), xlim=(-1, end - begin), xlabel="token (white: sampled, hatched: the tool's message)",
              ylabel="|teacher - student|")
     save(figure, "sod-rollout")
 
