@@ -230,7 +230,8 @@ def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
         assert response(out, i) == (expected, mask)
         assert int(out.mask[i].sum()) == sum(mask)
         edges = [k for k, (a, b) in enumerate(zip([0, *mask], [*mask, 0])) if a != b]  # of the runs of 1
-        start = len(common.prompt_ids(tok, ask(f"question {i} {'x' * i}").messages, common.TOOLS["calculator"]))
+        messages = ask(f"question {i} {'x' * i}").messages
+        start = len(common.prompt_ids(tok, messages, common.TOOLS["calculator"]))
         assert out.turns[i] == [(start + a, start + b) for a, b in zip(edges[::2], edges[1::2])]
         assert len(out.turns[i]) == len(turns)
     assert out.tool_status == [["ok", "error", "none"], ["none"], ["error", "none"]]
@@ -287,8 +288,8 @@ def lively(config_class, tok, **how):
     """A random model whose greedy text does not repeat itself."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(
-        vocab_size=len(tok), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.06,
+        vocab_size=len(tok), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.06,
         tie_word_embeddings=True, pad_token_id=tok.pad_token_id, **how)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -299,10 +300,10 @@ def lively(config_class, tok, **how):
 
 # What `rollout` wrote when every row was fed column by column.
 GREEDY = [[214, 115, 191, 258],
-          [219, 239, 175, 62, 0, 135, 232, 127, 180, 35, 61, 50, 188, 81, 115, 227, 272, 53, 81, 155, 266, 29, 187,
-           207],
-          [219, 36, 192, 219, 36, 155, 187, 166, 145, 251, 65, 135, 81, 31, 191, 19, 65, 123, 271, 215, 186, 52, 36,
-           193]]
+          [219, 239, 175, 62, 0, 135, 232, 127, 180, 35, 61, 50, 188, 81, 115, 227, 272, 53, 81, 155, 266, 29,
+           187, 207],
+          [219, 36, 192, 219, 36, 155, 187, 166, 145, 251, 65, 135, 81, 31, 191, 19, 65, 123, 271, 215, 186, 52,
+           36, 193]]
 
 
 def test_greedy_ids_are_those_of_the_plain_loop(tok):
@@ -326,9 +327,12 @@ def test_other_models(tok, config_class, more):
 
 
 def many_turns(monkeypatch, tok, model, **how):
-    """Sixteen rows of one to four turns; tools' messages of very different lengths, control tokens in some."""
+    """Sixteen rows of one to four turns; tools' messages of different lengths, control tokens in some."""
     rng = random.Random(1)
-    rows = [[call(f"{i}+{k}") for k in range(rng.randrange(4))] + ["x" * rng.randrange(1, 30)] for i in range(16)]
+    rows = []
+    for i in range(16):
+        calls = [call(f"{i}+{k}") for k in range(rng.randrange(4))]
+        rows.append([*calls, "x" * rng.randrange(1, 30)])
     answers = ["5", "long " * 20, "a<|im_end|>b</tool_response><|im_start|>", "some more words"]
     tool = dataclasses.replace(common.TOOLS["calculator"], run=lambda arguments: (
         answers[sum(map(ord, arguments["expression"])) % 4], "ok"))
@@ -383,8 +387,9 @@ def test_a_cuda_graph_could_record_the_write_pass(tok, model, monkeypatch):
     feed = common.RowCache.feed
     monkeypatch.setattr(common.RowCache, "feed", lambda self, numbers, ids, start, columns: feed(
         self, numbers, ids, start, int(start.max()) + 1))
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), pytest.raises(DataDependentOutputException):
-        cache.one_id_a_row()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with pytest.raises(DataDependentOutputException):
+            cache.one_id_a_row()
 
 
 def test_what_is_recorded_stays_in_its_place(tok, model, monkeypatch):
@@ -421,7 +426,7 @@ def test_a_recording_that_fails_is_said_once_and_the_pass_runs(tok, model, monke
 
 
 def test_rollouts_follow_the_weights_that_are_trained(tok, model, monkeypatch):
-    """On CUDA's path they run on a bf16 copy: the same object, brought up to date; rotary tables stay fp32."""
+    """On CUDA's path they run on a bf16 copy: one object, brought up to date; rotary tables stay fp32."""
     assert common.for_writing(model) is model
     monkeypatch.setattr(common, "mixed_precision", lambda device: True)
     student = copy.deepcopy(model)
@@ -433,7 +438,8 @@ def test_rollouts_follow_the_weights_that_are_trained(tok, model, monkeypatch):
         second = common.for_writing(student)
     assert second is first is not student and next(second.parameters()).data_ptr() == address
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(second.parameters(), student.parameters()))
-    assert all(b.dtype == torch.float32 for b in second.buffers()) and not next(second.parameters()).requires_grad
+    assert all(b.dtype == torch.float32 for b in second.buffers())
+    assert not next(second.parameters()).requires_grad
 
 
 def test_a_tool_that_fails_costs_one_answer(monkeypatch, tok, model):
@@ -695,7 +701,8 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
         config = common.Config(steps=3, prompts_per_step=2, group_size=4, eval_tasks=8, max_new_tokens=40,
                                save_every=1, out=str(tmp_path / out), **flags)
         config.seeds, variants = 1, {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}}
-        return common.seed_table(common.compared(train, config, variants, "common"), {"accuracy_after": "T = 1"})
+        summaries = common.compared(train, config, variants, "common")
+        return common.seed_table(summaries, {"accuracy_after": "T = 1"})
 
     whole = compare("whole")
     trained.clear()
@@ -727,7 +734,8 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
 
 def test_seed_table_pairs_seed_by_seed():
     runs = {"a": [{"x": 1.0, "y": None}, {"x": 3.0, "y": 2.0}], "b": [{"x": 1.5}, {"x": 4.5}], "c": []}
-    head, _, a, b, c = [line.split("|") for line in common.seed_table(runs, {"x": "X", "y": "Y"}).splitlines()]
+    lines = common.seed_table(runs, {"x": "X", "y": "Y"}).splitlines()
+    head, _, a, b, c = [line.split("|") for line in lines]
     a, b, c = ([cell.strip() for cell in row] for row in (a, b, c))
     assert head[3].strip() == "minus a, ± s.e."
     assert a[2:5] == ["2.000 ± 1.414", "", "2.000"] and b[2:5] == ["3.000 ± 2.121", "1.000 ± 0.500", "-"]

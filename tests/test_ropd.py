@@ -536,7 +536,8 @@ def test_a_new_method_is_one_row(monkeypatch, refused):
     assert common.parse(ropd.Config, ["--method", "no_contrast"]).method == "no_contrast"
     assert "no_contrast" in refused(common.parse, ropd.Config, ["--method", "no_such"])
     compared = []
-    start = {"ropd": [{"accuracy_before": 0.0, "accuracy_after": 0.0, "greedy_accuracy_before": 0.0, "se_before": 0.0}]}
+    keys = ("accuracy_before", "accuracy_after", "greedy_accuracy_before", "se_before")
+    start = {"ropd": [dict.fromkeys(keys, 0.0)]}
     monkeypatch.setattr(common, "compared", lambda *args: compared.append(args[2]) or start)
     ropd.main(["--compare"])
     assert compared[0]["no_contrast"] == {"method": "no_contrast"}

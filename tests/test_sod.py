@@ -206,7 +206,8 @@ def test_a_method_is_one_row(one_step, tmp_path, monkeypatch, capsys):
 
     def train(config):
         trained.append(config.method)
-        return {key: 0.0 for key in ("accuracy_before", "accuracy_after", "greedy_accuracy_before", "se_before")}
+        keys = ("accuracy_before", "accuracy_after", "greedy_accuracy_before", "se_before")
+        return dict.fromkeys(keys, 0.0)
     monkeypatch.setattr(changed, "train", train)
     changed.main(["--method", "new", "--out", str(tmp_path / "one")])
     changed.main(["--compare", "--seeds", "1", "--methods", "new", "grpo", "--out", str(tmp_path / "all")])
