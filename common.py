@@ -1087,8 +1087,10 @@ class Run:
             fail(f"there is no checkpoint in {self.folder}; start with --overwrite instead of --resume")
         then = self.state["notes"]["fingerprint"]
         now = self.notes["fingerprint"]
-        if then.pop("code") != now["code"]:
+        code = then.pop("code")
+        if code != now["code"]:
             print("the code has changed since this run began; it goes on with today's", flush=True)
+            now["code"] = f"{code}, {now['code']}"  # a run of both: no --compare takes it for one of today's
         changed = [f"--{name}" for name in then if then[name] != now.get(name)]
         if changed:
             fail(f"{self.folder} was begun with other values of {', '.join(changed)}; give those again")
@@ -1237,16 +1239,18 @@ def compared(train: Callable, config, variants: dict[str, dict], script: str) ->
     print(f"{len(cells)} runs: {len(variants)} variants on {config.seeds} seeds", flush=True)
     summaries = {name: [] for name in variants}
     seconds = []  # of the cells that were trained here
+    fitted = set()
     for done, (seed, name) in enumerate(cells, 1):
         folder = Path(config.out or f"runs/{script}-compare", f"{re.sub('[^a-z0-9_]+', '-', name)}-s{seed}")
-        flags = {"seed": seed, "out": str(folder), "show_every": 0, **variants[name]}
+        fresh = config.fresh and seed not in fitted  # the tiny models of a seed are fitted anew only once
+        flags = {"seed": seed, "out": str(folder), "show_every": 0, "fresh": fresh, **variants[name]}
         cell = replace(config, **flags)
         print(f"\n{name}, seed {seed}", flush=True)
         summary = finished_cell(cell, script)
         if summary is None:
             started = time.time()
             summary = train(cell)
-            config = replace(config, fresh=False)  # the tiny models are fitted anew only once
+            fitted.add(seed)
             seconds.append(time.time() - started)
             left = len(cells) - done
             print(f"{left} runs to go, about {left * min(seconds) / 60:.0f} minutes", flush=True)

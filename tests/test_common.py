@@ -289,7 +289,8 @@ def lively(config_class, tok, **how):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(
         vocab_size=len(tok), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.06,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+        initializer_range=0.06,
         tie_word_embeddings=True, pad_token_id=tok.pad_token_id, **how)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -302,8 +303,8 @@ def lively(config_class, tok, **how):
 GREEDY = [[214, 115, 191, 258],
           [219, 239, 175, 62, 0, 135, 232, 127, 180, 35, 61, 50, 188, 81, 115, 227, 272, 53, 81, 155, 266, 29,
            187, 207],
-          [219, 36, 192, 219, 36, 155, 187, 166, 145, 251, 65, 135, 81, 31, 191, 19, 65, 123, 271, 215, 186, 52,
-           36, 193]]
+          [219, 36, 192, 219, 36, 155, 187, 166, 145, 251, 65, 135, 81, 31, 191, 19, 65, 123, 271, 215, 186,
+           52, 36, 193]]
 
 
 def test_greedy_ids_are_those_of_the_plain_loop(tok):
@@ -670,6 +671,8 @@ def test_stopped_and_resumed_equals_never_stopped_and_nothing_is_lost(tmp_path, 
         patch.setattr(common.Path, "read_bytes", lambda path: b"edited")
         common.main(["--resume", "--out", str(parts), *flags])
     assert "the code has changed" in capsys.readouterr().out
+    mixed = json.loads((parts / "summary.json").read_text())["fingerprint"]
+    assert mixed != common.fingerprint(common.parse(common.Config, flags), "common")  # of two codes, of neither
     assert timeless(whole) == timeless(parts)
     a, b = (json.loads((f / "summary.json").read_text()) for f in (whole, parts))
     assert a["accuracy_best"] == b["accuracy_best"]
@@ -730,6 +733,14 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
     trained.clear()
     compare("parts", temperature=0.9)
     assert not trained
+
+
+def test_fresh_fits_the_models_of_each_seed_once(tmp_path):
+    fits = []
+    config = common.Config(out=str(tmp_path), fresh=True)
+    config.seeds = 2
+    common.compared(lambda cell: fits.append((cell.seed, cell.fresh)), config, {"a": {}, "b": {}}, "common")
+    assert fits == [(0, True), (0, False), (1, True), (1, False)]
 
 
 def test_seed_table_pairs_seed_by_seed():
