@@ -2,7 +2,8 @@
 
     python tests/experiments/exercises.py [NAME ...] [--seeds 2]      one to three minutes a run; no name: all of them
 
-A run's folder is runs/exercises/NAME-...; finished runs are taken if flags and code are the same.
+A run that is a cell of `--compare` lies in that folder, runs/<script>-compare, every other one in runs/exercises;
+finished runs are taken if flags and code are the same. The exercises of dcpm.py take two sets of 24 personas.
 """
 import argparse
 import contextlib
@@ -15,8 +16,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
+import dcpm
 import ropd
 import sod
 import srpo
@@ -55,23 +59,34 @@ DECOY = {"Some digit appears more than three times.": lambda answer: any(answer.
 EXERCISES = {
     "sod-weights": (sod, [
         ("`divergence_ratio`: SOD", {}, None),
-        ("`uniform`: every turn alike", {}, (sod.METHODS, "sod", (sod.uniform, 1, 1))),
+        ("`uniform`: opd_grpo", {"method": "opd_grpo"}, None),
         ("exp(-d_k)", {}, (sod.METHODS, "sod", (exponential, 1, 1)))]),
     "sod-teacher": (sod, [
         ("SOD, the teacher knows time-outs", {"teacher_knows_timeouts": True}, None),
         ("uniform, the teacher knows time-outs", {"teacher_knows_timeouts": True, "method": "opd_grpo"}, None)]),
-    "sod-outcome": (sod, [("SOD without the outcome", {"method": "sod_no_grpo"}, None)]),
+    "sod-outcome": (sod, [("SOD", {}, None), ("SOD without the outcome", {"method": "sod_no_grpo"}, None)]),
     "ropd-truth": (ropd, [
         ("as it is", {}, None),
         ("no criterion asks for the truth", {}, (ropd, "BANK", without(ropd.BANK, "is true modulo")))]),
     "ropd-noise": (ropd, [
+        ("as it is", {}, None),
         ("a quarter of the verdicts turned around", {}, (ropd, "symbolic_judge", turned_around(ropd.symbolic_judge)))]),
-    "ropd-decoy": (ropd, [("a criterion that means nothing", {}, (ropd, "BANK", {**ropd.BANK, **DECOY}))]),
+    "ropd-decoy": (ropd, [
+        ("as it is", {}, None),
+        ("a criterion that means nothing", {}, (ropd, "BANK", {**ropd.BANK, **DECOY}))]),
     "srpo-teacher": (srpo, [
         ("SRPO", {}, None), ("frozen teacher", {"ema": 0.0}, None), ("live teacher", {"ema": 1.0}, None)]),
-    "srpo-divergence": (srpo, [("reverse KL, a quarter of the rate", {"lr": 5e-5}, (srpo, "jsd", reverse_kl))]),
-    "srpo-rate": (srpo, [("GRPO at SRPO's rate", {"method": "grpo", "lr": 2e-4}, None)]),
+    "srpo-divergence": (srpo, [
+        ("SRPO", {}, None), ("reverse KL, a quarter of the rate", {"lr": 5e-5}, (srpo, "jsd", reverse_kl))]),
+    "srpo-rate": (srpo, [
+        ("SRPO", {}, None), ("GRPO at SRPO's rate", {"method": "grpo", "lr": 2e-4}, None),
+        ("GRPO at its own", {"method": "grpo"}, None)]),
 }
+COLOUR = "favourite_colour | one | + my favourite colou?r is VALUE | favourite colou?r"
+# exercise of dcpm.py: (owner, attribute, what it becomes)
+OF_MEMORY = {"dcpm-nothing-collides": (dcpm.LIMITS, "words", dcpm.LIMITS["words"]._replace(alike=1.1)),
+             "dcpm-one-line": (dcpm, "SCHEMA_LINES", 1),
+             "dcpm-colour": (dcpm, "ATTRIBUTES", {**dcpm.read_table(COLOUR), **dcpm.ATTRIBUTES})}
 
 
 @contextlib.contextmanager
@@ -82,8 +97,18 @@ def changed(patch):
         yield
 
 
-def run(script, row: str, flags: dict, patch, seed: int, folder: Path) -> dict:
-    config = script.Config(**{**flags, "seed": seed, "show_every": 0, "out": str(folder)})
+def folder_of(script, name: str, row: str, flags: dict, patch, seed: int) -> Path:
+    if patch is None and set(flags) <= {"method", "lr"}:  # as `--compare` names it
+        method = flags.get("method", script.__name__)
+        rate = f"-lr-{flags['lr']:g}".replace(".", "-") if "lr" in flags else ""
+        return Path(f"runs/{script.__name__}-compare", f"{method}{rate}-s{seed}")
+    words = "-".join("".join(c if c.isalnum() else " " for c in row).split())
+    return Path("runs/exercises", f"{name}-{words}-s{seed}")
+
+
+def run(script, flags: dict, patch, seed: int, folder: Path) -> dict:
+    gate = {"gate_tasks": 0} if script is srpo else {}
+    config = script.Config(**{**flags, **gate, "seed": seed, "show_every": 0, "out": str(folder)})
     finished = common.finished_cell(config, script.__name__)
     if finished:
         return finished
@@ -91,26 +116,53 @@ def run(script, row: str, flags: dict, patch, seed: int, folder: Path) -> dict:
         return script.train(config)
 
 
+def training_exercise(name: str, seeds: int) -> str:
+    columns = {"accuracy_after": "T = 1", "greedy_accuracy_after": "greedy", "accuracy_best": "best, T = 1",
+               "last_reward": "reward, last 10 steps"}
+    script, rows = EXERCISES[name]
+    summaries = {}
+    for row, flags, patch in rows:
+        summaries[row] = []
+        for seed in range(seeds):
+            folder = folder_of(script, name, row, flags, patch, seed)
+            summary = run(script, flags, patch, seed, folder)
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            rewards = [line.get("reward", line["solved"]) for line in lines if "grad" in line]
+            summaries[row].append({**summary, "last_reward": np.mean(rewards[-10:])})
+    return common.seed_table(summaries, columns)
+
+
+def memory_exercise(name: str, seeds: int) -> str:
+    if name == "dcpm-colour":
+        lines = []
+        for row, patch in (("as it is", None), ("with the row", OF_MEMORY[name])):
+            memory = dcpm.Memory()
+            with changed(patch):
+                memory.observe("My favourite colour is green.", "2024-01-08")
+                memory.observe("My favourite colour is blue.", "2024-03-02")
+                lines.append(f"{row}: {memory.answer('What is my favourite colour?', '2024-03-04')[0]}")
+        return "\n".join(lines)
+    import bench_dcpm
+    columns = {"unseen": "unseen domain, %", "seen": "seen domain, %"}
+    summaries = {}
+    for row, patch in (("as it is", None), (name, OF_MEMORY[name])):
+        summaries[row] = []
+        for seed in range(seeds):
+            with changed(patch):
+                table, _ = bench_dcpm.run_benchmark(bench_dcpm.BANKS["development"], 24, 120, seed)
+            seen, unseen = 100 * table["System1+2"].mean(0)[-2:]
+            summaries[row].append({"seen": seen, "unseen": unseen})
+    return common.seed_table(summaries, columns)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXERCISES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join([*EXERCISES, *OF_MEMORY]))
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
-    columns = {"accuracy_after": "T = 1", "greedy_accuracy_after": "greedy", "accuracy_best": "best, T = 1",
-               "last_reward": "reward of the last step"}
-    for name in args.names or EXERCISES:
-        script, rows = EXERCISES[name]
-        summaries = {}
-        for row, flags, patch in rows:
-            summaries[row] = []
-            for seed in range(args.seeds):
-                words = "-".join("".join(c if c.isalnum() else " " for c in row).split())
-                folder = Path("runs/exercises", f"{name}-{words}-s{seed}")
-                summary = run(script, row, flags, patch, seed, folder)
-                lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-                rewards = [line["reward"] for line in lines if line.get("reward") is not None]
-                summaries[row].append({**summary, "last_reward": rewards[-1] if rewards else None})
-        print(f"\n{name}, {args.seeds} seeds\n{common.seed_table(summaries, columns)}", flush=True)
+    for name in args.names or [*EXERCISES, *OF_MEMORY]:
+        do = memory_exercise if name in OF_MEMORY else training_exercise
+        print(f"\n{name}, {args.seeds} seeds\n{do(name, args.seeds)}", flush=True)
 
 
 if __name__ == "__main__":
