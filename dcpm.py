@@ -69,7 +69,7 @@ NEAR = {"yesterday": -1, "today": 0, "tomorrow": 1, "last week": -7, "next week"
 FORGET = re.compile(r"^(?:please |could you |can you )*forget (?:that |about |everything about )?(.+)$", re.I)
 
 
-@functools.lru_cache(maxsize=100_000)
+@functools.cache
 def stem(word):
     """A crude suffix stripper: walks, walked, walking -> walk. Wrong at times, but for all texts alike."""
     word = re.sub(r"(?<=\w{3})(?:ies|ied)$", "y", word)
@@ -618,7 +618,7 @@ def plan_schemas(memory, now, schemas):
             continue
         clusters, noise = clusters_of(memory, facts)
         for draft in memory.backend.induce(memory, clusters, noise, known):
-            id_ = draft.known or "s" + digest(person, draft.domain, draft.text)
+            id_ = draft.known or f"s{digest(person, draft.domain, draft.text)}"
             if id_ not in schemas:
                 if len(draft.evidence) < 2:
                     continue
@@ -659,23 +659,6 @@ def behaviour_vectors(memory, schemas):
     return normalize(np.stack(means))
 
 
-def sweep(memory, now, cores, stable):
-    """Find collisions between the stable schemas of one person and lift them into `cores`."""
-    behaviour = behaviour_vectors(memory, stable)                                   # (schemas, d)
-    content = memory.vectors(texts_of(stable))                                      # (schemas, d)
-    domains = [s.domain for s in stable]
-    for group in collision_groups(collisions(behaviour, content, domains, memory.limits)):
-        members = [stable[i] for i in group]
-        core = best_match(cores, ids_of(members))
-        if not core:
-            text = memory.backend.name_core(members)
-            if not text:
-                continue  # a null answer is allowed: no core
-            core = Core("c" + digest(members[0].subject, text), members[0].subject, "", text, now)
-            core = cores.setdefault(core.id, core)
-        core.members += ids_of(members)
-
-
 def best_match(cores, ids):
     """The core that shares most of these schemas, of equals the oldest; None if none shares any."""
     def shared(core):
@@ -684,15 +667,28 @@ def best_match(cores, ids):
 
 
 def plan_cores(memory, now, schemas, cores):
-    """What the sweep finds joins a known core or becomes one."""
+    """The sweep: collisions between the stable schemas of one person join a known core or become one."""
     for person in memory.people:
         stable = [s for _, s in sorted(schemas.items()) if s.subject == person and s.status == "stable"]
         said = [list(map(memory.said, memory.live(schema.evidence))) for schema in stable]
         for schema, behaviour in zip(stable, memory.backend.strip(stable, said)):
             schema.behaviour = behaviour
         stable = [s for s in stable if s.behaviour]
-        if len(stable) >= MIN_STABLE:
-            sweep(memory, now, cores, stable)
+        if len(stable) < MIN_STABLE:
+            continue
+        behaviour = behaviour_vectors(memory, stable)                               # (schemas, d)
+        content = memory.vectors(texts_of(stable))                                  # (schemas, d)
+        domains = [s.domain for s in stable]
+        for group in collision_groups(collisions(behaviour, content, domains, memory.limits)):
+            members = [stable[i] for i in group]
+            core = best_match(cores, ids_of(members))
+            if not core:
+                text = memory.backend.name_core(members)
+                if not text:
+                    continue  # a null answer is allowed: no core
+                id_ = f"c{digest(person, text)}"
+                core = cores.setdefault(id_, Core(id_, person, "", text, now))
+            core.members += ids_of(members)
 
 
 def recount_core(core, schemas):
@@ -715,7 +711,7 @@ def plan_intentions(store, now, intentions):
         person = belief.slot.subject
         if not belief.until or person not in store.people or belief.id in store.forgotten:
             continue
-        id_ = "i" + digest(person, key(belief.value), belief.until)
+        id_ = f"i{digest(person, key(belief.value), belief.until)}"
         new = Intention(id_, person, "", belief.value, now, until=belief.until)
         item = intentions.setdefault(id_, new)
         item.evidence = sorted({*item.evidence, belief.id})
@@ -1105,8 +1101,7 @@ def read_table(table):
         frames = []
         for frame in said.split("; "):
             sign, pattern = frame.split(" ", 1)
-            pattern = pattern.replace("NAME", "(the )?(?P<value>(?-i:[A-Z]).+)")
-            pattern = pattern.replace("VALUE", "(?P<value>.+)")
+            pattern = pattern.replace("NAME", "(the )?(?P<value>(?-i:[A-Z]).+)").replace("VALUE", "(?P<value>.+)")
             frames.append((sign, re.compile(f"^{pattern}$", re.I)))
         question = re.compile(rf"\b({asked})\b", re.I) if asked != "-" else None
         attributes[told.split(" ")[0]] = Attribute(told, how_many == "one", frames, question)
@@ -1390,7 +1385,7 @@ for row in DOMAINS.strip().split("\n"):
     NOUNS.update(dict.fromkeys(map(stem, nouns.split()), domain))
 
 
-@functools.lru_cache(maxsize=100_000)
+@functools.cache
 def poles_of(text):
     """Behaviour poles that a text shows, by lexicon."""
     padded = f" {' '.join(map(stem, re.findall('[a-z0-9]+', text.lower())))} "
@@ -1619,8 +1614,7 @@ def tell_story(memory):
     memory.sleep(now)
     print("\n2. A revised belief is a chain, not an overwritten row; Rome, told last, was spliced in:\n")
     for question in ("Where do I live?", "Do I like coffee?", "Where does my sister live?", "Migraines?"):
-        text, ids = memory.answer(question, now)
-        print(f"   {question:27} {text}   {', '.join(ids)}")
+        print(f"   {question:27} {memory.answer(question, now)[0]}")
     print("\n3. By night facts become schemas, and schemas alike in behaviour, not in content, a core.\n")
     for node in [*memory.schemas.values(), *memory.cores.values()]:
         figures = f"{node.status}, {node.confidence:.2f}, {len(node.evidence)} beliefs"
@@ -1657,7 +1651,6 @@ def memory_parser(description):
     parser.add_argument("--backend", default="rules", choices=["rules", "llm"])
     parser.add_argument("--model", default="", help="llm: a chat model: hub id, folder, or a server's URL")
     parser.add_argument("--model_name", default="", help="llm: the server's name of the model")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="llm: longest reply")
     return parser
 
 
@@ -1668,7 +1661,7 @@ def make_memory(args):
     backend = None
     if args.model:
         import common
-        backend = LLM(common.chat_backend(args.model, args.model_name, args.max_new_tokens))
+        backend = LLM(common.chat_backend(args.model, args.model_name, max_new_tokens=1024))
     return functools.partial(Memory, backend, args.encoder)
 
 
