@@ -350,7 +350,7 @@ class Store:
 
     def live(self, ids):
         """Those of these beliefs that hold now."""
-        return [self.beliefs[i] for i in ids if holds(self.beliefs[i])]
+        return list(filter(holds, map(self.beliefs.get, ids)))
 
     def said(self, belief):
         """The words in which it was told. System2 reads these: in a model's version all facts begin alike."""
@@ -564,11 +564,12 @@ def two_stage_dbscan(vectors, limits):
         inside = np.flatnonzero(labels == label)
         if len(inside) <= 12:
             continue
-        sub = DBSCAN(eps=1 - limits.tight, min_samples=2, metric="cosine").fit_predict(vectors[inside])
+        rows = vectors[inside]                                                      # (inside, d)
+        sub = DBSCAN(eps=1 - limits.tight, min_samples=2, metric="cosine").fit_predict(rows)
         if sub.max() < 1:
             continue  # one heap stays one
-        means = [mean_row(vectors[inside[sub == i]]) for i in range(sub.max() + 1)]
-        nearest = cosines(vectors[inside], np.stack(means)).argmax(1)               # (inside,)
+        means = [mean_row(rows[sub == i]) for i in range(sub.max() + 1)]
+        nearest = cosines(rows, np.stack(means)).argmax(1)                          # (inside,)
         # leftovers join the nearest sub-cluster
         labels[inside] = labels.max() + 1 + np.where(sub >= 0, sub, nearest)
     return labels
@@ -906,7 +907,7 @@ def asked_lines(memory, question):
 def intention_lines(memory, now):
     """What is still to come, the nearest first; a lapsed plan is never shown as one."""
     lines = []
-    for item in sorted(memory.intentions.values(), key=lambda item: (item.until, item.id)):
+    for item in sorted(memory.intentions.values(), key=lambda item: item.until):
         if item.until >= now[:10] and memory.live(item.evidence):
             lines.append(Line(item.id, "intention", f"planned until {item.until}: {item.text}", item.until))
     return lines
@@ -925,21 +926,6 @@ def hit_lines(memory, question):
             turn = memory.turns[id_]
             lines.append(Line(id_, "raw", f"{turn.t[:10]} {turn.speaker}: {turn.text}", turn.t))
     return lines
-
-
-def fill(chosen, lines, tokens):
-    """Put whole lines into `chosen`, {id: line}, as far as `tokens` go. -> the tokens left"""
-    for line in lines:
-        cost = count_tokens(str(line))
-        if line.id not in chosen and cost <= tokens:
-            chosen[line.id] = line
-            tokens -= cost
-    return tokens
-
-
-def state_order(line):
-    """Cores (c...), schemas (s...), then everything by time."""
-    return "" if line.channel == "schema" else line.t, line.id
 
 
 # ------------------------------------------------------------------ the memory
@@ -1012,8 +998,15 @@ class Memory(Store):
         left = budget
         for lines, share in ((asked_lines(self, question), 1), (chain_lines(self, profile), PROFILE),
                              (intention_lines(self, now), COMING), (hit_lines(self, question), 1)):
-            tokens = min(left, int(budget * share))
-            left -= tokens - fill(chosen, lines, tokens)
+            least = max(0, left - int(budget * share))  # what these lines must leave
+            for line in lines:
+                cost = count_tokens(str(line))
+                if line.id not in chosen and left - cost >= least:  # whole lines only
+                    chosen[line.id] = line
+                    left -= cost
+
+        def state_order(line):  # cores (c...), schemas (s...), then everything by time
+            return "" if line.channel == "schema" else line.t, line.id
         lines = sorted(chosen.values(), key=state_order)
         return Recall(lines, "\n".join(map(str, lines)), ids_of(lines))
 
@@ -1101,7 +1094,8 @@ def read_table(table):
         frames = []
         for frame in said.split("; "):
             sign, pattern = frame.split(" ", 1)
-            pattern = pattern.replace("NAME", "(the )?(?P<value>(?-i:[A-Z]).+)").replace("VALUE", "(?P<value>.+)")
+            pattern = pattern.replace("NAME", "(the )?(?P<value>(?-i:[A-Z]).+)")
+            pattern = pattern.replace("VALUE", "(?P<value>.+)")
             frames.append((sign, re.compile(f"^{pattern}$", re.I)))
         question = re.compile(rf"\b({asked})\b", re.I) if asked != "-" else None
         attributes[told.split(" ")[0]] = Attribute(told, how_many == "one", frames, question)
@@ -1310,8 +1304,8 @@ def sentence_encoder(name):
     def embed(texts):
         rows = np.empty((len(texts), model.config.hidden_size), np.float32)         # (n, d)
         # Texts of similar length share a batch: little is padding, and the mask takes that out again.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(order), 32):
+        order = np.argsort(list(map(len, texts)))
+        for start in range(0, len(texts), 32):
             places = order[start:start + 32]
             batch = tok([texts[i] for i in places], padding=True, truncation=True, max_length=256,
                         return_tensors="pt")
@@ -1550,8 +1544,9 @@ class Rules(Backend):
         pool = sum(clusters, noise)
         ids = {schema.text: schema.id for schema in known}
         for cluster in clusters:  # facts in no cluster give none: what DBSCAN finds decides
-            domain = most_common(filter(None, map(domain_of, texts_of(cluster))))
-            pole = most_common(sum(map(poles_of, texts_of(cluster)), ()))
+            texts = texts_of(cluster)
+            domain = most_common(filter(None, map(domain_of, texts)))
+            pole = most_common(sum(map(poles_of, texts), ()))
             if not domain or not pole:
                 continue
             opposite = POLES[pole][0]
@@ -1604,11 +1599,9 @@ def tell_story(memory):
     """One persona, eleven sessions, one night: what is written, revised, generalised, forgotten, and why."""
     print("1. By day every message is kept verbatim, read, and reconciled with what is already believed.\n")
     now = "2024-05-12"
-    turns = []
-    for line in STORY.strip().split("\n"):
-        day, text = line.split("|")
-        turns.append((text, day, day, "user"))
-    for (text, day, *_), ops in zip(turns, memory.ingest(turns)):
+    said = [line.split("|") for line in STORY.strip().split("\n")]
+    turns = [(text, day, day, "user") for day, text in said]
+    for (day, text), ops in zip(said, memory.ingest(turns)):
         done = ", ".join(map(" ".join, ops)) or "NOTHING was read; the message itself is kept"
         print(f'   {day}  "{text}"\n               {done}')
     memory.sleep(now)

@@ -3,10 +3,10 @@ to forget, nights, save and load, in any order.
 
     python tests/experiments/stress_memory.py [histories=10000] [seed=0]
 
-After each operation: the invariants of the store (invariants.py; the log, replayed, gives the same store), the
-promise of the operation, and what a recall is made of: the lines of all chains, and the schemas and cores that
-count as supported. A whole recall follows each operation that may change what is shown or hidden (`may_hide`, a
-turn newly hidden, a memory loaded), and the last one.
+After each operation: the invariants of the store (invariants.py; its log, replayed, gives the same store),
+the promise of the operation, and what a recall is made of: the lines of all chains, and the schemas and
+cores that count as supported. A whole recall follows each operation that may change what is shown or hidden
+(`may_hide`, a turn newly hidden, a memory loaded), and the last one.
 """
 import json
 import random
@@ -135,8 +135,8 @@ def keeps_what_it_must(memory, act, turns=1):
 
 
 def sleep_changes_no_belief(memory, now):
-    """sleep leaves beliefs alone, and sleeping twice is sleeping once: the second night logs nothing. That the
-    log tells all is one of the invariants."""
+    """sleep leaves beliefs alone, and sleeping twice is sleeping once: the second night logs nothing. (That
+    the log tells all is one of the invariants.)"""
     before = list(map(repr, memory.beliefs.values()))
     memory.sleep(now)
     events = len(memory.log)
