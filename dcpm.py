@@ -1644,6 +1644,7 @@ def memory_parser(description):
     parser.add_argument("--backend", default="rules", choices=["rules", "llm"])
     parser.add_argument("--model", default="", help="llm: a chat model: hub id, folder, or a server's URL")
     parser.add_argument("--model_name", default="", help="llm: the server's name of the model")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="llm: longest reply")
     return parser
 
 
@@ -1654,7 +1655,7 @@ def make_memory(args):
     backend = None
     if args.model:
         import common
-        backend = LLM(common.chat_backend(args.model, args.model_name, max_new_tokens=1024))
+        backend = LLM(common.chat_backend(args.model, args.model_name, args.max_new_tokens))
     return functools.partial(Memory, backend, args.encoder)
 
 
