@@ -43,6 +43,7 @@ import sys
 from collections import ChainMap, Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +64,12 @@ STOP = frozenset("""
 MONTHS = "january february march april may june july august september october november december".split()
 DATE = re.compile(rf"""\b(?:(?:on\ |by\ |since\ )?(?P<iso>\d{{4}}-\d\d-\d\d)
     |(?:back\ )?(?:in|since)\ (?:(?P<month>{'|'.join(MONTHS)})\ )?(?P<year>(?:19|20)\d\d)
-    |(?P<week>last|next)\ week|(?P<day>yesterday|today|tomorrow))\b""", re.I | re.X)
+    |(?P<near>yesterday|today|tomorrow|(?:last|next)\ week))\b""", re.I | re.X)
+NEAR = {"yesterday": -1, "today": 0, "tomorrow": 1, "last week": -7, "next week": 7}  # days from the telling
 FORGET = re.compile(r"^(?:please |could you |can you )*forget (?:that |about |everything about )?(.+)$", re.I)
 
 
-@functools.lru_cache(maxsize=100_000)
+@functools.cache
 def stem(word):
     """A crude suffix stripper: walks, walked, walking -> walk. Wrong at times, but for all texts alike."""
     word = re.sub(r"(?<=\w{3})(?:ies|ied)$", "y", word)
@@ -115,15 +117,14 @@ def read_date(text, told):
     match = DATE.search(text)
     if not match:
         return told, ""
-    first = day_of(told)  # of the conversation: by the wall clock old dialogues would rot
-    if match["day"]:
-        days = {"yesterday": -1, "today": 0, "tomorrow": 1}[match["day"].lower()]
-        first += timedelta(days)
+    if match["near"]:
+        near = match["near"].lower()
+        # of the conversation: by the wall clock old dialogues would rot
+        first = day_of(told) + timedelta(NEAR[near])
         last = first
-    elif match["week"]:  # Monday to Sunday
-        days = {"last": -7, "next": 7}[match["week"].lower()] - first.weekday()
-        first += timedelta(days)
-        last = first + timedelta(6)
+        if "week" in near:  # Monday to Sunday
+            first -= timedelta(first.weekday())
+            last = first + timedelta(6)
     else:
         text = match["iso"] or match["year"]
         if match["month"]:
@@ -132,9 +133,8 @@ def read_date(text, told):
             span = np.datetime64(text)  # a day, a month or a year
         except ValueError:  # 2024-02-31: not a date after all
             return told, ""
-        first = span.astype("M8[D]").item()
-        after = (span.astype(int) + 1).astype(span.dtype)
-        last = after.astype("M8[D]").item() - timedelta(1)
+        first = np.datetime64(span, "D")
+        last = np.datetime64(span + 1, "D") - 1
     return (told, str(last)) if str(last) >= told[:10] else (str(first), "")
 
 
@@ -215,7 +215,7 @@ class Intention(Node):
 
 KINDS = {"schemas": Schema, "cores": Core, "intentions": Intention}
 # One line of the audit log. The log *is* the memory: replayed, it gives the same store.
-Event = namedtuple("Event", "op ids turn reason data")
+Event = namedtuple("Event", "op ids turn data")
 NEW_NODE = ("ADD", "SUPERSEDE", "RETRACT", "REFINE", "SPLICE")  # operations that put a belief into a chain
 
 
@@ -265,10 +265,10 @@ class Store:
         self.forgotten = set()  # beliefs that were asked to be forgotten
         self.hidden = set()  # turns never to be shown: they say what was asked to be forgotten
         self.people = []  # who speaks here, not the assistant: System2 may generalise about them
-        for op, ids, turn_id, reason, data in log:
-            self.commit(op, ids, turn_id, reason, **data)
+        for op, ids, turn_id, data in log:
+            self.commit(op, ids, turn_id, **data)
 
-    def commit(self, op, ids=(), turn_id="", reason="", **data):
+    def commit(self, op, ids=(), turn_id="", **data):
         """Apply one event, then log it: the only way that anything here changes. An event "FAILED" changes
         nothing: it records that a model gave nothing usable."""
         if op == "RAW":
@@ -296,7 +296,7 @@ class Store:
                 for fields in data[kind]:
                     getattr(self, kind)[fields["id"]] = cls(**fields)
         self.has_news = op != "SLEEP"
-        self.log.append(Event(op, list(ids), turn_id, reason, data))
+        self.log.append(Event(op, list(ids), turn_id, data))
 
     def _insert(self, belief):
         """Put a belief between its neighbours: all four links or none, and never a second head."""
@@ -350,7 +350,7 @@ class Store:
 
     def live(self, ids):
         """Those of these beliefs that hold now."""
-        return [self.beliefs[i] for i in ids if holds(self.beliefs[i])]
+        return list(filter(holds, map(self.beliefs.get, ids)))
 
     def said(self, belief):
         """The words in which it was told. System2 reads these: in a model's version all facts begin alike."""
@@ -383,19 +383,15 @@ class Vectors:
 
     def __init__(self, embed):
         self.embed = embed
-        self.row = {}  # text -> its row in the matrix
-        self.matrix = None
+        self.rows = {}  # text -> its vector
 
     def __call__(self, texts):
-        """texts -> (n, d), dense or sparse as the encoder gives them."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.row]
+        """texts, at least one -> (n, d), dense or sparse as the encoder gives them."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.rows]
         if new:
-            block = self.embed(new)                                                 # (new, d)
-            stack = sparse.vstack if sparse.issparse(block) else np.concatenate
-            self.matrix = block if self.matrix is None else stack([self.matrix, block])
-            for text in new:
-                self.row[text] = len(self.row)
-        return self.matrix[[self.row[text] for text in texts]]
+            self.rows.update(zip(new, self.embed(new)))
+        rows = [self.rows[text] for text in texts]
+        return sparse.vstack(rows) if sparse.issparse(rows[0]) else np.stack(rows)
 
 
 # ------------------------------------------------------------------ 2.2 System1: inside every write
@@ -568,11 +564,12 @@ def two_stage_dbscan(vectors, limits):
         inside = np.flatnonzero(labels == label)
         if len(inside) <= 12:
             continue
-        sub = DBSCAN(eps=1 - limits.tight, min_samples=2, metric="cosine").fit_predict(vectors[inside])
+        rows = vectors[inside]                                                      # (inside, d)
+        sub = DBSCAN(eps=1 - limits.tight, min_samples=2, metric="cosine").fit_predict(rows)
         if sub.max() < 1:
             continue  # one heap stays one
-        means = [mean_row(vectors[inside[sub == i]]) for i in range(sub.max() + 1)]
-        nearest = cosines(vectors[inside], np.stack(means)).argmax(1)               # (inside,)
+        means = [mean_row(rows[sub == i]) for i in range(sub.max() + 1)]
+        nearest = cosines(rows, np.stack(means)).argmax(1)                          # (inside,)
         # leftovers join the nearest sub-cluster
         labels[inside] = labels.max() + 1 + np.where(sub >= 0, sub, nearest)
     return labels
@@ -622,7 +619,7 @@ def plan_schemas(memory, now, schemas):
             continue
         clusters, noise = clusters_of(memory, facts)
         for draft in memory.backend.induce(memory, clusters, noise, known):
-            id_ = draft.known or "s" + digest(person, draft.domain, draft.text)
+            id_ = draft.known or f"s{digest(person, draft.domain, draft.text)}"
             if id_ not in schemas:
                 if len(draft.evidence) < 2:
                     continue
@@ -656,46 +653,43 @@ def collision_groups(collide):
             yield group.tolist()
 
 
-def sweep(memory, now, cores, stable):
-    """Find collisions between the stable schemas of one person and lift them into `cores`."""
-    # V_beh is the direction of the mean over a schema's sentences: as one text the longest would decide.
-    means = [mean_row(memory.vectors(s.behaviour.split("\n"))) for s in stable]
-    behaviour = normalize(np.stack(means))                                          # (schemas, d)
-    content = memory.vectors(texts_of(stable))                                      # (schemas, d)
-    domains = np.array([s.domain for s in stable])                                  # (schemas,)
-    # The gate, told by the story: how far alike and unlike pairs across domains lie apart.
-    pairs = np.triu(domains[:, None] != domains)                                    # (schemas, schemas)
-    memory.gate[stable[0].subject] = cosines(behaviour, behaviour)[pairs]           # (pairs,)
-    for group in collision_groups(collisions(behaviour, content, domains, memory.limits)):
-        members = [stable[i] for i in group]
-        core = best_match(cores, ids_of(members))
-        if not core:
-            text = memory.backend.name_core(members)
-            if not text:
-                continue  # a null answer is allowed: no core
-            core = Core("c" + digest(members[0].subject, text), members[0].subject, "", text, now)
-            core = cores.setdefault(core.id, core)
-        core.members += ids_of(members)
+def behaviour_vectors(memory, schemas):
+    """V_beh of schemas -> (n, d): the direction of the mean over the sentences of each."""
+    # as one text the longest sentence would decide
+    means = [mean_row(memory.vectors(s.behaviour.split("\n"))) for s in schemas]
+    return normalize(np.stack(means))
 
 
 def best_match(cores, ids):
-    """The core that shares most of these schemas, then the oldest, never whichever comes first; or None."""
-    def rank(core):
-        return -len({*ids} & {*core.members}), core.created, core.id
-    known = [core for core in cores.values() if not {*ids}.isdisjoint(core.members)]
-    return min(known, key=rank, default=None)
+    """The core that shares most of these schemas, of equals the oldest; None if none shares any."""
+    def shared(core):
+        return len({*ids} & {*core.members})
+    return max(filter(shared, cores.values()), key=shared, default=None)  # `cores` has the oldest first
 
 
 def plan_cores(memory, now, schemas, cores):
-    """What the sweep finds joins a known core or becomes one."""
+    """The sweep: collisions between the stable schemas of one person join a known core or become one."""
     for person in memory.people:
         stable = [s for _, s in sorted(schemas.items()) if s.subject == person and s.status == "stable"]
         said = [list(map(memory.said, memory.live(schema.evidence))) for schema in stable]
         for schema, behaviour in zip(stable, memory.backend.strip(stable, said)):
             schema.behaviour = behaviour
         stable = [s for s in stable if s.behaviour]
-        if len(stable) >= MIN_STABLE:
-            sweep(memory, now, cores, stable)
+        if len(stable) < MIN_STABLE:
+            continue
+        behaviour = behaviour_vectors(memory, stable)                               # (schemas, d)
+        content = memory.vectors(texts_of(stable))                                  # (schemas, d)
+        domains = [s.domain for s in stable]
+        for group in collision_groups(collisions(behaviour, content, domains, memory.limits)):
+            members = [stable[i] for i in group]
+            core = best_match(cores, ids_of(members))
+            if not core:
+                text = memory.backend.name_core(members)
+                if not text:
+                    continue  # a null answer is allowed: no core
+                id_ = f"c{digest(person, text)}"
+                core = cores.setdefault(id_, Core(id_, person, "", text, now))
+            core.members += ids_of(members)
 
 
 def recount_core(core, schemas):
@@ -708,22 +702,20 @@ def recount_core(core, schemas):
         if schema.status == "stable":
             best[schema.domain] = max(schema.confidence, best.get(schema.domain, 0))
     # confidence = the second best over domains of (best stable member's): one domain alone proves nothing
-    ranked = sorted(best.values(), reverse=True)
-    core.status = "stable" if len(ranked) >= 2 else "dormant"
-    core.confidence = ranked[1] if len(ranked) >= 2 else 0.0
+    core.confidence = sorted([0.0, 0.0, *best.values()])[-2]
+    core.status = "stable" if core.confidence else "dormant"
 
 
 def plan_intentions(store, now, intentions):
     """Plans with a last day, told by people who speak here."""
     for belief in store.beliefs.values():
         person = belief.slot.subject
-        if belief.slot.attribute != "plan" or not belief.until or belief.id in store.forgotten:
+        if not belief.until or person not in store.people or belief.id in store.forgotten:
             continue
-        if person in store.people:
-            id_ = "i" + digest(person, key(belief.value), belief.until)
-            new = Intention(id_, person, "", belief.value, now, until=belief.until)
-            item = intentions.setdefault(id_, new)
-            item.evidence = sorted({*item.evidence, belief.id})
+        id_ = f"i{digest(person, key(belief.value), belief.until)}"
+        new = Intention(id_, person, "", belief.value, now, until=belief.until)
+        item = intentions.setdefault(id_, new)
+        item.evidence = sorted({*item.evidence, belief.id})
     for item in intentions.values():
         item.status = "expired" if item.until < now[:10] else "open"
         if not store.live(item.evidence):
@@ -758,16 +750,13 @@ def night(memory, now):
     for core in live["cores"].values():
         recount_core(core, live["schemas"])
     plan_intentions(memory, now, nodes["intentions"])  # all: a plan that was cancelled may come back
-    changes = {}
-    ids = []
+    changes = {"now": now}
     for kind, found in nodes.items():
         found |= live[kind]
         before = getattr(memory, kind)
-        changed = [found[i] for i in sorted(found) if found[i] != before.get(i)]
-        changes[kind] = list(map(asdict, changed))
-        ids += ids_of(changed)
-    if has_news or ids:
-        memory.commit("SLEEP", ids, "", f"night of {now[:10]}", **changes)
+        changes[kind] = [asdict(found[i]) for i in sorted(found) if found[i] != before.get(i)]
+    if has_news or any(changes[kind] for kind in KINDS):
+        memory.commit("SLEEP", **changes)
 
 
 # ------------------------------------------------------------------ 2.4 reading: vectors and links, no model
@@ -803,13 +792,14 @@ class Index:
         # idf(w) = 1 + ln((N + 1) / (n + 1)), n of N records have the word w
         self.idf = 1 + np.log((len(texts) + 1) / (self.words.getnnz(0) + 1))        # (d,)
         self.meaning = memory.vectors(texts) if memory.encoder != "words" else None
-        pairs = []  # (place of a turn, place of the next one in its session)
+        self.earlier = []  # places of turns ...
+        self.later = []  # ... and of the next ones in their sessions
         last = {}  # session -> place of its last turn
         for place, turn in enumerate(memory.turns.values()):
             if turn.session in last:
-                pairs.append((last[turn.session], place))
+                self.earlier.append(last[turn.session])
+                self.later.append(place)
             last[turn.session] = place
-        self.earlier, self.later = np.array(pairs, int).reshape(-1, 2).T            # (pairs,), (pairs,)
 
 
 def with_neighbours(scores, index, least):
@@ -861,18 +851,18 @@ def is_supported(memory, node):
     return node.status == "stable" and len(chains) >= 2 and memory.forgotten.isdisjoint(node.evidence)
 
 
-def visible_schemas(memory, question, now, with_cores):
+def visible_schemas(memory, question, now):
     """Schemas and cores to show, best first: those of the question's domain, cores, the rest."""
     def rank(node):  # decay is applied while reading: stored, it would depend on how often System2 runs
         seen = max(memory.beliefs[i].t_seen for i in node.evidence)
-        idle = max(0, (day_of(now) - day_of(seen)).days)
+        idle = (day_of(now) - day_of(seen)).days
         return -node.confidence * 2 ** (-idle / 180), node.id  # half-life: half a year without new evidence
     schemas = [s for s in memory.schemas.values() if is_supported(memory, s)]
     if not schemas:
         return []
     schemas.sort(key=rank)
     cores = []
-    for core in memory.cores.values() if with_cores else ():
+    for core in memory.cores.values():
         domains = {s.domain for s in schemas if s.id in core.members}
         if is_supported(memory, core) and len(domains) >= 2:
             cores.append(core)
@@ -908,11 +898,17 @@ def chain_lines(store, slots):
     return list(filter(None, lines))
 
 
+def asked_lines(memory, question):
+    """The chains that a question asks for."""
+    pairs = memory.backend.asks_for(memory, question)
+    return chain_lines(memory, [slot for slot in memory.heads if slot[:2] in pairs])
+
+
 def intention_lines(memory, now):
     """What is still to come, the nearest first; a lapsed plan is never shown as one."""
     lines = []
-    for item in sorted(memory.intentions.values(), key=lambda item: (item.until, item.id)):
-        if item.status == "open" and item.until >= now[:10] and memory.live(item.evidence):
+    for item in sorted(memory.intentions.values(), key=lambda item: item.until):
+        if item.until >= now[:10] and memory.live(item.evidence):
             lines.append(Line(item.id, "intention", f"planned until {item.until}: {item.text}", item.until))
     return lines
 
@@ -932,22 +928,6 @@ def hit_lines(memory, question):
     return lines
 
 
-def fill(chosen, lines, tokens):
-    """Put whole lines into `chosen`, {id: line}, as far as `tokens` go. -> the tokens left"""
-    for line in lines:
-        cost = count_tokens(str(line))
-        if line.id not in chosen and cost <= tokens:
-            chosen[line.id] = line
-            tokens -= cost
-    return tokens
-
-
-def state_order(line):
-    """Cores, schemas, then everything by time."""
-    kind = {"c": 0, "s": 1}.get(line.id[0], 2)
-    return kind, line.t, line.id
-
-
 # ------------------------------------------------------------------ the memory
 class Memory(Store):
     """A store with a backend, Rules() or LLM(chat), and an encoder: "words", a folder or a hub id."""
@@ -958,10 +938,8 @@ class Memory(Store):
         self.encoder = encoder
         self.word_vectors = Vectors(embed_for_search)
         self.vectors = Vectors(embed_words if encoder == "words" else sentence_encoder(encoder))
-        known = [name for name in LIMITS if name in Path(encoder).name]
-        self.limits = LIMITS[known[0] if known else "mpnet"]
+        self.limits = LIMITS.get(encoder, LIMITS["mpnet"])
         self.index = None  # of the search
-        self.gate = {}  # person -> the last sweep's cosines of V_beh, all pairs across domains
 
     def observe(self, text, t, session="s1", speaker="user"):
         """System1, in the write: keep the raw turn first, then extract, reconcile, apply. -> [(op, id)], []
@@ -977,12 +955,12 @@ class Memory(Store):
         kept = []
         for text, t, session, speaker in turns:
             turn = Turn(f"t{len(self.turns) + 1}", session, speaker, text, t)
-            self.commit("RAW", [turn.id], turn.id, turn=turn)
+            self.commit("RAW", turn=turn)
             kept.append(turn)
         out = []
         for turn, (claims, forget) in zip(kept, self.backend.extract(self, kept)):
             if claims is None:  # the turn is kept, the failure is on record, a plain request is honoured
-                self.commit("FAILED", [turn.id], turn.id, "no usable answer from the model")
+                self.commit("FAILED", turn_id=turn.id)
                 claims = []
                 forget = asked_to_forget(turn.text)
             self.backend.reconcile(self, claims)
@@ -1002,29 +980,33 @@ class Memory(Store):
         hide = {turn} - {""}
         for secret in (what, *(self.beliefs[i].value for i in ids)):
             hide.update(told.id for told in self.turns.values() if says(told.text, secret))
-        self.commit("SUPPRESS", ids, turn, "asked to forget", hide=sorted(hide))
+        self.commit("SUPPRESS", ids, turn, hide=sorted(hide))
         return ids
 
     def sleep(self, now):
         """System2. `now`: an ISO date; nothing reads the wall clock."""
         night(self, now)
 
-    def recall(self, question, now, budget=800, with_schemas=True, with_cores=True):
+    def recall(self, question, now, budget=800):
         """Question -> Recall within `budget` tokens, SCHEMA_LINES schemas and cores beside it, no filler."""
         chosen = {}
-        if with_schemas:
-            for node in visible_schemas(self, question, now, with_cores)[:SCHEMA_LINES]:
-                chosen[node.id] = Line(node.id, "schema", node.text, node.created)
+        for node in visible_schemas(self, question, now)[:SCHEMA_LINES]:
+            chosen[node.id] = Line(node.id, "schema", node.text, node.created)
         # What is asked for comes first; small fixed shares next, so that many hits cannot push them out.
-        pairs = self.backend.asks_for(self, question)
-        asked = [slot for slot in self.heads if slot[:2] in pairs]
         people = self.mentioned(question)
         profile = [slot for slot in self.heads if slot.subject in people and slot.member is None]
         left = budget
-        for lines, share in ((chain_lines(self, asked), 1), (chain_lines(self, profile), PROFILE),
+        for lines, share in ((asked_lines(self, question), 1), (chain_lines(self, profile), PROFILE),
                              (intention_lines(self, now), COMING), (hit_lines(self, question), 1)):
-            tokens = min(left, int(budget * share))
-            left -= tokens - fill(chosen, lines, tokens)
+            least = max(0, left - int(budget * share))  # what these lines must leave
+            for line in lines:
+                cost = count_tokens(str(line))
+                if line.id not in chosen and left - cost >= least:  # whole lines only
+                    chosen[line.id] = line
+                    left -= cost
+
+        def state_order(line):  # cores (c...), schemas (s...), then everything by time
+            return "" if line.channel == "schema" else line.t, line.id
         lines = sorted(chosen.values(), key=state_order)
         return Recall(lines, "\n".join(map(str, lines)), ids_of(lines))
 
@@ -1038,8 +1020,8 @@ class Memory(Store):
         if node is None:
             raise DcpmError(f"there is no record {id_!r}; recall(...).ids lists the ids you can ask about")
         cited = getattr(node, "evidence", ())
-        withdrawn = cited == []  # a higher node that the night withdrew
-        if id_ in self.hidden or withdrawn or not self.forgotten.isdisjoint([id_, *cited]):
+        # a higher node that cites nothing was withdrawn by the night
+        if id_ in self.hidden or cited == [] or not self.forgotten.isdisjoint([id_, *cited]):
             return {"id": id_, "text": "(forgotten on request)", "because": []}
         because = [self.why(i) for i in getattr(node, "members", cited)]
         for turn_id, start, end, _ in getattr(node, "sources", ()):
@@ -1053,25 +1035,15 @@ class Memory(Store):
     def save(self, path):
         """The audit log as JSON, written beside the target and moved over it: a crash spoils nothing."""
         part = Path(f"{path}.part")
-        part.write_text(json.dumps({"format": "dcpm-3", "log": self.log}), encoding="utf-8")
+        part.write_text(json.dumps(self.log), encoding="utf-8")
         part.replace(path)
 
     @classmethod
     def load(cls, path, backend=None, encoder="words"):
         try:
-            return cls(backend, encoder, json.loads(Path(path).read_text(encoding="utf-8"))["log"])
+            return cls(backend, encoder, json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise DcpmError(f"{path} is not a memory saved by dcpm.py ({error}); restore a copy") from error
-
-    def dump(self):
-        """The whole memory as text for people."""
-        lines = []
-        for line in chain_lines(self, self.heads):
-            lines.append(f"{line} ({self.beliefs[line.id].confidence:.2f})")
-        for kind in KINDS:
-            for node in getattr(self, kind).values():
-                lines.append(f"[{node.id}] {self.why(node.id)['text']} ({node.status})")
-        return "\n".join(lines)
 
 
 # ==================================================================== backends: all that needs language
@@ -1227,7 +1199,7 @@ class LLM(Backend):
 
     def name_core(self, members):
         prompt = CORE.format(schemas="\n".join(f"{s.domain}: {s.text}" for s in members))
-        return self.ask("core", [prompt], lambda data: str(data["text"] or "")[:300])[0]
+        return self.ask("core", [prompt], lambda data: str(data["text"] or ""))[0]
 
     def answer(self, memory, question, now):
         context = memory.recall(question, now)
@@ -1270,7 +1242,7 @@ def read_claims(turn, data):
         until = read_date(found[0], turn.t)[1]
         if attribute not in ATTRIBUTES or (attribute == "plan" and not until):
             attribute = "event"  # a plan without an end is none
-        claim = Claim(attribute, value[:200], str(fields["text"])[:500], found.span(), subject, polarity)
+        claim = Claim(attribute, value, str(fields["text"]), found.span(), subject, polarity)
         claims.append(placed(claim, turn.speaker, found[0], turn.t))
     return claims, list(filter(words, map(str, data.get("forget") or [])))
 
@@ -1285,8 +1257,7 @@ def near_chains(memory, texts):
     for i in np.argsort(-near, kind="stable")[:20]:
         head = memory.head(known[i].slot)
         if near[i] >= memory.limits.near and head.status == "active":
-            versions = [b for b in memory.trail(head.slot) if b.status != "suppressed"]
-            shown[head.id] = f"[{head.id}] " + " -> ".join(f"{b.text} ({b.t_event[:10]})" for b in versions)
+            shown[head.id] = str(chain_line(memory, head.slot))
     return shown
 
 
@@ -1316,7 +1287,7 @@ def read_drafts(shown, known, data):
             raise ValueError("all ids must be among those shown: facts, or known regularities")
         if not domain or not text:
             raise ValueError("domain and text must not be empty")
-        drafts.append(Draft(str(domain).lower(), str(text)[:300], sorted(evidence), sorted(against), *links))
+        drafts.append(Draft(str(domain).lower(), str(text), sorted(evidence), sorted(against), *links))
     return drafts
 
 
@@ -1333,8 +1304,8 @@ def sentence_encoder(name):
     def embed(texts):
         rows = np.empty((len(texts), model.config.hidden_size), np.float32)         # (n, d)
         # Texts of similar length share a batch: little is padding, and the mask takes that out again.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(order), 32):
+        order = np.argsort(list(map(len, texts)))
+        for start in range(0, len(texts), 32):
             places = order[start:start + 32]
             batch = tok([texts[i] for i in places], padding=True, truncation=True, max_length=256,
                         return_tensors="pt")
@@ -1346,43 +1317,49 @@ def sentence_encoder(name):
 
 
 # ------------------------------------------------------------------ a lexicon of behaviours and domains
-# A row is a pair of opposite poles, each: name | gloss | phrases that show it.
+# One row a pole of behaviour: name | its opposite | gloss | phrases that show it.
 LEXICON = """
-plans | plans ahead and prepares in detail | checklist, list, schedule, itinerary, spreadsheet, in advance, \
-weeks ahead, timetable, plan ahead, mapped out, draw up, drew up, prepare, outline, agenda, ahead of time, \
-step by step || improvises | improvises and decides on the spot | on a whim, spontaneous, last minute, spur \
-of the moment, improvise, made it up, without a plan, wing it, winged it, on the fly, see what happen, no \
-idea beforehand, unplanned
-saves | saves money and looks for the cheaper way | cheap, cheaper, discount, second hand, coupon, bargain, \
-on sale, budget, for free, haggle, borrow, save money, thrifty || spends | spends freely and takes the best \
-there is | splurge, expensive, luxury, premium, top of the range, first class, treat myself, pay extra, paid \
-extra, priciest, regardless of price, deluxe
-alone | likes to do things alone | alone, by myself, on my own, solo, solitude, in peace, quiet corner, \
-nobody around, without company || together | likes to do things with other people | together, with friend, \
-group, invite, crowd, company of, whole gang, team up, teamed up, everyone, joined by
-careful | is careful and plays it safe | careful, double check, safe, insurance, backup, spare, read the \
-warning, just in case, cautious, helmet, twice before || daring | is daring and takes risks | risk, dare, \
-without looking, deep end, gamble, threw caution, bold, thrill, adrenaline, dangerous, reckless, edge
-routine | sticks to what is familiar | same as always, usual, the same, routine, habit, as ever, familiar, \
-every time, tradition, old favourite, as before || novelty | looks for what is new | never tried, new kind, \
-first time, experiment, exotic, something different, novel, curious, unknown, unusual, untested
-makes | makes things by hand | from scratch, by hand, built, homemade, handmade, sewed, carved, diy, made my \
-own, workshop, knitted, glued || buys | buys things ready-made | ready made, bought, store, order online, \
-ordered, delivery, off the shelf, from the shop, prepackaged, catalogue, hired
-exact | is exact and measures | exact, measure, precise, to the gram, to the minute, ruler, scale, \
-stopwatch, decimal, count every, calibrate || rough | goes by feel, roughly | roughly, by feel, eyeball, \
-more or less, guess, approximate, give or take, ballpark, by eye, rule of thumb
-paper | prefers paper | paper, notebook, printed, pencil, handwritten, ink, sticky note, index card, \
-fountain pen || digital | prefers digital tools | app, spreadsheet app, tablet, online tool, cloud, \
-software, phone reminder, digital"""
+plans | improvises | plans ahead and prepares in detail | checklist, list, schedule, itinerary, \
+spreadsheet, in advance, weeks ahead, timetable, plan ahead, mapped out, draw up, drew up, prepare, \
+outline, agenda, ahead of time, step by step
+improvises | plans | improvises and decides on the spot | on a whim, spontaneous, last minute, spur of the \
+moment, improvise, made it up, without a plan, wing it, winged it, on the fly, see what happen, no idea \
+beforehand, unplanned
+saves | spends | saves money and looks for the cheaper way | cheap, cheaper, discount, second hand, coupon, \
+bargain, on sale, budget, for free, haggle, borrow, save money, thrifty
+spends | saves | spends freely and takes the best there is | splurge, expensive, luxury, premium, top of \
+the range, first class, treat myself, pay extra, paid extra, priciest, regardless of price, deluxe
+alone | together | likes to do things alone | alone, by myself, on my own, solo, solitude, in peace, quiet \
+corner, nobody around, without company
+together | alone | likes to do things with other people | together, with friend, group, invite, crowd, \
+company of, whole gang, team up, teamed up, everyone, joined by
+careful | daring | is careful and plays it safe | careful, double check, safe, insurance, backup, spare, \
+read the warning, just in case, cautious, helmet, twice before
+daring | careful | is daring and takes risks | risk, dare, without looking, deep end, gamble, threw \
+caution, bold, thrill, adrenaline, dangerous, reckless, edge
+routine | novelty | sticks to what is familiar | same as always, usual, the same, routine, habit, as ever, \
+familiar, every time, tradition, old favourite, as before
+novelty | routine | looks for what is new | never tried, new kind, first time, experiment, exotic, \
+something different, novel, curious, unknown, unusual, untested
+makes | buys | makes things by hand | from scratch, by hand, built, homemade, handmade, sewed, carved, diy, \
+made my own, workshop, knitted, glued
+buys | makes | buys things ready-made | ready made, bought, store, order online, ordered, delivery, off the \
+shelf, from the shop, prepackaged, catalogue, hired
+exact | rough | is exact and measures | exact, measure, precise, to the gram, to the minute, ruler, scale, \
+stopwatch, decimal, count every, calibrate
+rough | exact | goes by feel, roughly | roughly, by feel, eyeball, more or less, guess, approximate, give \
+or take, ballpark, by eye, rule of thumb
+paper | digital | prefers paper | paper, notebook, printed, pencil, handwritten, ink, sticky note, index \
+card, fountain pen
+digital | paper | prefers digital tools | app, spreadsheet app, tablet, online tool, cloud, software, phone \
+reminder, digital"""
 POLES = {}  # name -> (its opposite, its gloss)
 CUES = []  # (stemmed phrase between spaces, the pole that it shows)
 for row in LEXICON.strip().split("\n"):
-    first, second = [pole.split(" | ") for pole in row.split(" || ")]
-    for (name, gloss, cues), opposite in ((first, second), (second, first)):
-        POLES[name] = (opposite[0], gloss)
-        for cue in (gloss, *cues.split(", ")):  # a schema's own text shows its pole
-            CUES.append((f" {' '.join(map(stem, cue.split()))} ", name))
+    name, opposite, gloss, cues = row.split(" | ")
+    POLES[name] = (opposite, gloss)
+    for cue in (gloss, *cues.split(", ")):  # a schema's own text shows its pole
+        CUES.append((f" {' '.join(map(stem, cue.split()))} ", name))
 DOMAINS = """
 cooking: cook dinner bake cake stew kitchen meal recipe lunch soup roast pasta
 travel: trip flight journey travel hotel holiday vacation airport ferry
@@ -1402,7 +1379,7 @@ for row in DOMAINS.strip().split("\n"):
     NOUNS.update(dict.fromkeys(map(stem, nouns.split()), domain))
 
 
-@functools.lru_cache(maxsize=100_000)
+@functools.cache
 def poles_of(text):
     """Behaviour poles that a text shows, by lexicon."""
     padded = f" {' '.join(map(stem, re.findall('[a-z0-9]+', text.lower())))} "
@@ -1488,18 +1465,17 @@ def read_clause(clause, me, t):
     full = clause
     for short, long in SHORT.items():
         full = full.replace(short, long)
-    subject = SUBJECT.match(full)
-    owner = OWNER.match(full)
     if UNSURE.search(full):
         return None
     t_event, until = read_date(full, t)
-    claim = read_frame(f"my {owner['rest']}", owner["lead"], t_event != t, until) if owner else None
-    match = owner if claim else subject
+    for opening, pronoun in ((OWNER, "my"), (SUBJECT, "I")):
+        match = opening.match(full)
+        claim = match and read_frame(f"{pronoun} {match['rest']}", match["lead"], t_event != t, until)
+        if claim:
+            break
     if not match:
         return None
-    claim = claim or read_frame(f"I {match['rest']}", match["lead"], t_event != t, until)
-    if not claim:  # no frame fits: the whole clause, with its "not"
-        claim = Claim("event", full)
+    claim = claim or Claim("event", full)  # no frame fits: the whole clause, with its "not"
     claim.subject = me
     if match["who"]:
         claim.subject = match["who"] if me == "user" else f"{me}'s {match['who']}"
@@ -1561,18 +1537,16 @@ class Rules(Backend):
         return ids or memory.containing(phrase)
 
     def asks_for(self, memory, question):
-        pairs = []
-        for attribute in attributes_asked(question):
-            pairs += [(person, attribute) for person in memory.mentioned(question)]
-        return pairs
+        return list(product(memory.mentioned(question), attributes_asked(question)))
 
     def induce(self, memory, clusters, noise, known):
         """At most one draft a cluster: the domain and the behaviour that most of its sentences show."""
         pool = sum(clusters, noise)
         ids = {schema.text: schema.id for schema in known}
         for cluster in clusters:  # facts in no cluster give none: what DBSCAN finds decides
-            domain = most_common(filter(None, map(domain_of, texts_of(cluster))))
-            pole = most_common(sum(map(poles_of, texts_of(cluster)), ()))
+            texts = texts_of(cluster)
+            domain = most_common(filter(None, map(domain_of, texts)))
+            pole = most_common(sum(map(poles_of, texts), ()))
             if not domain or not pole:
                 continue
             opposite = POLES[pole][0]
@@ -1595,15 +1569,10 @@ class Rules(Backend):
         return f"In unrelated parts of life, {gloss}"
 
     def answer(self, memory, question, now):
-        """Rules phrase no answer: the line of context that says most about the question."""
-        pairs = self.asks_for(memory, question)
-
-        def fit(line):
-            is_fact = line.channel == "fact"
-            shared = len({*words(question)} & {*words(line.text)})
-            return is_fact and memory.beliefs[line.id].slot[:2] in pairs, is_fact and shared > 0, shared
-        best = max(memory.recall(question, now).lines, key=fit, default=None)
-        return (best.text, [best.id]) if best and any(fit(best)) else ("I don't know.", [])
+        """Rules phrase no answer: the chain that is asked for, else what the search finds, facts first."""
+        lines = asked_lines(memory, question) + hit_lines(memory, question)
+        lines.sort(key=lambda line: line.channel != "fact")
+        return (lines[0].text, [lines[0].id]) if lines else ("I don't know.", [])
 
 
 def without_nouns(text, domain):
@@ -1630,34 +1599,25 @@ def tell_story(memory):
     """One persona, eleven sessions, one night: what is written, revised, generalised, forgotten, and why."""
     print("1. By day every message is kept verbatim, read, and reconciled with what is already believed.\n")
     now = "2024-05-12"
-    turns = []
-    for line in STORY.strip().split("\n"):
-        day, text = line.split("|")
-        turns.append((text, day, day, "user"))
-    for (text, day, *_), ops in zip(turns, memory.ingest(turns)):
+    said = [line.split("|") for line in STORY.strip().split("\n")]
+    turns = [(text, day, day, "user") for day, text in said]
+    for (day, text), ops in zip(said, memory.ingest(turns)):
         done = ", ".join(map(" ".join, ops)) or "NOTHING was read; the message itself is kept"
         print(f'   {day}  "{text}"\n               {done}')
     memory.sleep(now)
     print("\n2. A revised belief is a chain, not an overwritten row; Rome, told last, was spliced in:\n")
     for question in ("Where do I live?", "Do I like coffee?", "Where does my sister live?", "Migraines?"):
-        text, ids = memory.answer(question, now)
-        print(f"   {question:27} {text}   {', '.join(ids)}")
-    print("\n3. By night facts become schemas, and schemas alike in behaviour, not in content, a core.")
-    for cosine in memory.gate.values():
-        alike = cosine > memory.limits.alike
-        print(f"   Gate: {alike.sum()} of {len(cosine)} pairs across domains are alike in behaviour, "
-              f"{cosine[alike].min(initial=1):.2f} or more;\n   the others reach "
-              f"{cosine[~alike].max(initial=0):.2f}; the limit is {memory.limits.alike:.2f}.\n")
+        print(f"   {question:27} {memory.answer(question, now)[0]}")
+    print("\n3. By night facts become schemas, and schemas alike in behaviour, not in content, a core.\n")
     for node in [*memory.schemas.values(), *memory.cores.values()]:
         figures = f"{node.status}, {node.confidence:.2f}, {len(node.evidence)} beliefs"
         print(f"   [{node.id}] {node.text} ({figures})")
-    for item in memory.intentions.values():
-        print(f"   [{item.id}] {item.text} ({item.status} until {item.until})")
     question = "How should I get ready for my first aquarium?"
     print(f"\n4. The context for a question about a domain that never came up: {question}\n"
           f"   Room for {SCHEMA_LINES} schemas and cores: those of the question's domain, if any; cores;\n"
-          "   then the schemas of most confidence and freshest evidence. The others stay out.\n")
-    for line in memory.recall(question, now, 50).lines:
+          "   then the schemas of most confidence and freshest evidence. The others stay out.\n"
+          "   Below them the profile and what is coming, each within its share of the budget.\n")
+    for line in memory.recall(question, now, 300).lines:
         print(f"   {line}")
     for core in list(memory.cores)[:1]:
         print(f"\n5. Why does it believe that? why({core!r}), down to the words that were said:\n")

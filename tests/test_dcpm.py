@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import dcpm
+from bench_dcpm import without
 from dcpm import DcpmError, Memory
 from invariants import check
-from stress_memory import put_turn, snapshot
+from stress_memory import dump, put_turn, snapshot
 
 NOW, NOON = "2024-06-01", "2024-05-15T12:00"  # a Wednesday
 HOME, WORK = ("user", "residence", None), ("user", "employer", None)
@@ -162,7 +163,7 @@ def test_15_what_is_to_be_forgotten_is_kept_and_never_shown():
     (node,) = memory.trail(("user", "condition", "migrain"))
     assert node.status == "suppressed" and check(memory) == []
     context = memory.recall("What do you know about my migraines and where I live?", "2024-06-01")
-    assert "igraine" not in context.text + memory.dump() and "Paris" in context.text
+    assert "igraine" not in context.text + dump(memory) and "Paris" in context.text
     assert memory.why(node.id)["text"] == "(forgotten on request)"
 
 
@@ -182,8 +183,8 @@ def test_17_20_a_habit_of_three_domains_is_a_core_that_can_say_why():
     assert len(spans) == 9 and all(s["text"] in memory.turns[s["id"]].text for s in spans)
     found = memory.recall("How should I set up my new aquarium?", "2024-06-02")  # a domain that never came up
     assert found.ids[0] == core.id
-    assert core.id not in memory.recall("My new aquarium?", NOW, with_cores=False).ids
-    assert not memory.recall("My new aquarium?", NOW, with_schemas=False).ids
+    assert core.id not in recall(without(memory, "cores"), "My new aquarium?").ids
+    assert not recall(without(memory, "schemas", "cores"), "My new aquarium?").ids
 
 
 @pytest.mark.parametrize("session, status", [("s{}", "stable"), ("one", "forming")])
@@ -246,7 +247,7 @@ def test_24_a_plan_lapses_and_is_found_as_past():
     memory.sleep("2024-06-11")
     assert {i.text: i.status for i in memory.intentions.values()} == {
         "flying to Rome": "expired", "visiting Oslo": "withdrawn"}
-    assert "forgotten" not in memory.dump()  # a plan that was cancelled is no secret
+    assert "forgotten" not in dump(memory)  # a plan that was cancelled is no secret
 
 
 @pytest.mark.parametrize("name", ["two_stage_dbscan", "recount", "collisions", "collision_groups"])
@@ -345,7 +346,7 @@ def test_schemas_cores_and_plans_on_something_forgotten_are_withdrawn():
     memory.forget("checklist")
     memory.forget("Lima")
     for _ in range(2):  # before and after the next night
-        shown = memory.dump() + memory.recall("How do I cook in Lima?", "2024-06-02").text
+        shown = dump(memory) + memory.recall("How do I cook in Lima?", "2024-06-02").text
         assert text not in shown and memory.cores[core].text not in shown and "Lima" not in shown
         assert memory.why(plan)["text"] == memory.why(core)["text"] == "(forgotten on request)"
         memory.sleep("2024-06-02")

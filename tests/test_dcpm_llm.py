@@ -9,7 +9,8 @@ import pytest
 import dcpm
 from dcpm import LLM, Memory
 from invariants import check
-from stress_memory import snapshot
+from real_dcpm import behaviour_cosines
+from stress_memory import dump, snapshot
 
 HOME = ("user", "residence", None)
 PROMPTS = ("EXTRACT", "RECONCILE", "INDUCE", "STRIP", "CORE", "ANSWER")
@@ -310,7 +311,7 @@ def test_habits_in_other_words_collide_into_one_core():
     assert not +memory.backend.failures
     (prompt,) = chat.prompts("core")
     assert "kitchen" in prompt and "river" not in prompt
-    found = memory.gate["user"]
+    found = behaviour_cosines(memory)
     assert len(found) == 10 and (found > memory.limits.alike).sum() == 3
     spans = [s["text"] for m in memory.why(core.id)["because"] for b in m["because"] for s in b["because"]]
     assert len(spans) == 9 and "I did the oven thing, timetable" in spans
@@ -394,7 +395,7 @@ def test_a_core_on_something_forgotten_is_withdrawn_and_named_again():
     memory, chat = night(core=[{"text": "Because of the bread."}, {"text": "No surprises."}])
     (core,) = memory.cores
     memory.forget("bread")
-    assert "Because" not in memory.dump() + str(memory.why(core)) + memory.recall("bread", "2024-06-02").text
+    assert "Because" not in dump(memory) + str(memory.why(core)) + memory.recall("bread", "2024-06-02").text
     memory.sleep("2024-06-02")
     statuses = {c.text: c.status for c in memory.cores.values()}
     assert statuses["Because of the bread."] == "withdrawn" and check(memory) == []

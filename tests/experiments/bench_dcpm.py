@@ -83,19 +83,28 @@ def placebo(memory, rng):
     return fake
 
 
+def without(memory, *kinds):
+    """The same memory, but it shows no nodes of these kinds."""
+    shown = copy.copy(memory)
+    for kind in kinds:
+        setattr(shown, kind, {})
+    return shown
+
+
 def contexts(memory, fake, tfidf, question, now, budget):
     """{condition: lines} for one question."""
     turns, scores = list(memory.turns.values()), tfidf(question)
     best = [turns[i] for i in sorted(range(len(turns)), key=lambda i: (-scores[i], -i))[:50]]  # ties: newest
     raw = [dcpm.Line(t.id, "raw", f"{t.t[:10]} {t.text}", t.t) for t in best]
-    plain = memory.recall(question, now, budget, with_schemas=False).lines
     full = memory.recall(question, now, budget).lines
+    facts = without(memory, "schemas", "cores")
+    plain = facts.recall(question, now, budget).lines
     extra = sum(dcpm.count_tokens(str(line)) for line in full if line.channel == "schema")
-    more = memory.recall(question, now, budget + extra, with_schemas=False).lines
+    more = facts.recall(question, now, budget + extra).lines
     return dict(zip(CONDITIONS, (
         within(raw, budget), plain, newest_facts(memory, plain, budget),
         newest_facts(memory, more, budget + extra),
-        memory.recall(question, now, budget, with_cores=False).lines,
+        without(memory, "cores").recall(question, now, budget).lines,
         full, fake.recall(question, now, budget).lines)))
 
 
@@ -242,7 +251,7 @@ MECHANISMS = {  # name -> what replaces what
     "sweep -> no pair": (dcpm, "collisions", lambda b, c, domains, limits: np.eye(len(domains)) < 0),
     "sweep -> every pair": (dcpm, "collisions", lambda b, c, domains, limits: np.eye(len(domains)) == 0),
     "strip -> identity": (dcpm.Rules, "strip", lambda self, schemas, said: [s.text for s in schemas])}
-READERS = {"System1": dict(with_schemas=False), "no sweep": dict(with_cores=False), "full": {}}
+READERS = {"System1": ("schemas", "cores"), "no sweep": ("cores",), "full": ()}  # what each does not see
 
 
 def run_mechanisms(bank, personas, budget, seed=0, make=dcpm.Memory):
@@ -254,10 +263,11 @@ def run_mechanisms(bank, personas, budget, seed=0, make=dcpm.Memory):
             slept.schemas, slept.cores, slept.intentions, slept.log = {}, {}, {}, [*memory.log]
             with mock.patch.object(*patch):
                 slept.sleep(now)
-            for reader, switches in READERS.items():
+            for reader, kinds in READERS.items():
+                shown = without(slept, *kinds)
                 for kind, question, options, right in questions:
                     if kind in KINDS[-2:]:
-                        lines = slept.recall(question, now, budget, **switches).lines
+                        lines = shown.recall(question, now, budget).lines
                         found[reader, kind].append(100 * credit(choose(question, lines, options), right))
             cells = [np.mean(found[reader, kind]) for reader in READERS for kind in KINDS[-2:]]
             out[name].append(cells + [sum(n.status == "stable" for n in nodes.values())

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dcpm
-from bench_dcpm import bm25_scorer, tfidf_scorer, within
+from bench_dcpm import bm25_scorer, tfidf_scorer, within, without
 
 CONDITIONS = ("raw turns", "System1", "System1+2")
 # gold: refs of evidence turns, for the scorer only; end: how many turns exist when the question is asked
@@ -243,7 +243,8 @@ def print_table(title, rows):
 def context(memory, q, name, budget=800):
     """What a condition shows the model."""
     if name != "raw turns":
-        return memory.recall(q.text, q.now, budget, with_schemas=name == "System1+2").text
+        shown = memory if name == "System1+2" else without(memory, "schemas", "cores")
+        return shown.recall(q.text, q.now, budget).text
     turns = [memory.turns[id_] for _, id_ in dcpm.search(memory, q.text) if id_ in memory.turns]
     lines = within([dcpm.Line(t.id, "raw", f"{t.t[:10]} {t.speaker}: {t.text}", t.t) for t in turns], budget)
     return "\n".join(map(str, sorted(lines, key=lambda line: (line.t, int(line.id[1:])))))

@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]  # tests and the scripts
 import dcpm  # noqa: E402
+from bench_dcpm import without  # noqa: E402
 from invariants import check  # noqa: E402
 
 STORY = """
@@ -105,13 +106,23 @@ def tell(name, memory):
           f"{len(memory.heads)} chains, {len(long)} of them revised")
     for slot in long:
         print(f"   {dcpm.chain_line(memory, slot)}")
-    gate = memory.gate.get("user", np.zeros(0))  # the cosines of V_beh
+    gate = behaviour_cosines(memory)
     print(f"schemas {dict(count(memory.schemas))}, cores {dict(count(memory.cores))}, pairs alike "
           f"{(gate > memory.limits.alike).sum()} of {len(gate)}, "
           f"broken invariants {check(memory) or 'none'}")
     for node in [*memory.schemas.values(), *memory.cores.values(), *memory.intentions.values()]:
         print(f"   [{node.id}] {node.text} ({node.status}; {getattr(node, 'behaviour', '')[:90]})")
     return memory
+
+
+def behaviour_cosines(memory):
+    """The gate before a sweep: cosines of V_beh, all pairs of schemas of different domains."""
+    schemas = [s for s in memory.schemas.values() if s.behaviour]
+    if not schemas:
+        return np.zeros(0)
+    domains = np.array([s.domain for s in schemas])
+    vectors = dcpm.behaviour_vectors(memory, schemas)
+    return dcpm.cosines(vectors, vectors)[np.triu(domains[:, None] != domains)]
 
 
 def watched(chat):
@@ -134,10 +145,10 @@ def count(nodes):
 def answers(model, memory, questions, conditions):
     """{condition: {kind: [1 or 0]}}. System1 alone is asked for habits only: schemas say nothing else."""
     out, replies = {}, {}
-    for name, switches in conditions.items():
-        asked, chosen = [], [q for q in questions if not switches or q[0].startswith("implicit")]
+    for name, unseen in conditions.items():
+        asked, chosen = [], [q for q in questions if not unseen or q[0].startswith("implicit")]
         for _, question, _ in chosen:
-            context = memory.recall(question, NOW, 400, **switches).text or "(nothing)"
+            context = without(memory, *unseen).recall(question, NOW, 400).text or "(nothing)"
             letter = " Reply with the letter of one option." if "(a)" in question else ""
             prompt = dcpm.ANSWER.format(context=context, question=question + letter)
             asked.append([{"role": "user", "content": prompt}])
@@ -167,7 +178,7 @@ def main():
     real = tell("model", empty)
     rules = tell("rules", dcpm.Memory())
     questions = [line.split("|") for line in QUESTIONS.strip().split("\n")]
-    conditions = {"System1+2": {}, "System1": {"with_schemas": False}}
+    conditions = {"System1+2": (), "System1": ("schemas", "cores")}
     table = {}
     for name, memory in (("model", real), ("rules", rules)):
         for condition, kinds in answers(real.backend, memory, questions, conditions).items():
