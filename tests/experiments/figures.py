@@ -1,6 +1,6 @@
 """The figures of README, from runs on disk; SVG, readable in black and white.
 
-    python sod.py --compare; python srpo.py --compare; python tests/experiments/exercises.py ropd-truth
+    python sod.py --compare --seeds 5; python srpo.py --compare; python tests/experiments/exercises.py ropd-truth
     python tests/experiments/figures.py [NAME ...]      into tests/experiments/figures/; no name: all of them
 """
 import json
@@ -97,10 +97,10 @@ def sod_curves() -> None:
 
 def ropd_truth() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="tight", sharey=True)
-    for axis, pattern, title in zip(axes, ("as-it-is", "no-criterion-asks-for-the-truth"),
-                                    ("the rubric as it is", "no criterion asks for the truth")):
+    patterns = ("ropd-compare/ropd-s[01]", "exercises/ropd-truth-no-criterion-asks-for-the-truth-s[01]")
+    for axis, pattern, title in zip(axes, patterns, ("the rubric as it is", "no criterion asks for the truth")):
         for key, style in zip(("reward", "solved"), STYLES):
-            draw(axis, f"exercises/ropd-truth-{pattern}-s*", key, key, style, width=10)
+            draw(axis, pattern, key, key, style, width=10)
         axis.set(xlabel="step", title=title, ylim=(0, 1.02))
     axes[0].legend(frameon=False)
     save(figure, "ropd-truth")
