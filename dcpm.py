@@ -1,7 +1,7 @@
 """DCPM: an agent memory that says why it believes something (dual-process memory, arXiv 2606.09483).
 
     python dcpm.py                                                  the story of one user, no download
-    python dcpm.py --backend llm --model DIR_OR_URL --encoder DIR   the same, read by a chat model
+    python dcpm.py --model DIR_OR_URL --encoder DIR   the same, read by a chat model
 
 1. Memory is ordered by what it can do: raw turns -> facts -> belief trajectories -> domain schemas and
    intentions -> core schemas.
@@ -21,7 +21,7 @@ keep a dictionary of memories.
 
 | the paper (partly as its authors' code has it) | here |
 | --- | --- |
-| a language model extracts and reconciles | rules; with --backend llm it proposes, the same table decides |
+| a language model extracts and reconciles | rules; with --model it proposes, the same table decides |
 | a dense encoder, thresholds unknown | hashed words and concepts, or --encoder; LIMITS for each |
 | nearest neighbours by vectors | words; with --encoder also vectors, fused by reciprocal rank |
 | a refinement shadows the old text, unlinked | it stays linked, as "refine" |
@@ -1641,17 +1641,14 @@ def memory_parser(description):
     parser = argparse.ArgumentParser(allow_abbrev=False, description=description)
     parser.error = fail
     parser.add_argument("--encoder", default="words", help="'words', or a sentence encoder: folder or hub id")
-    parser.add_argument("--backend", default="rules", choices=["rules", "llm"])
-    parser.add_argument("--model", default="", help="llm: a chat model: hub id, folder, or a server's URL")
-    parser.add_argument("--model_name", default="", help="llm: the server's name of the model")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="llm: longest reply")
+    parser.add_argument("--model", default="", help="a chat model to read with: hub id, folder or URL")
+    parser.add_argument("--model_name", default="", help="the server's name of the model")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="the model's longest reply")
     return parser
 
 
 def make_memory(args):
     """Flags -> a function that makes an empty Memory; a model is loaded once."""
-    if (args.backend == "llm") != bool(args.model):
-        raise DcpmError("--backend llm and --model NAME go together")
     backend = None
     if args.model:
         import common

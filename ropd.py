@@ -4,10 +4,11 @@
     python ropd.py --compare                    every method from the same start on three seeds, one table
     python ropd.py --explain                    one group before training: answers, rubric, verdicts, rewards
     python ropd.py --model Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --judge Qwen/Qwen3-4B \\
-                   --data openai/gsm8k --prompts_per_step 8 --micro_batch 8                 one GPU
+                   --data openai/gsm8k --prompts_per_step 8 --rows_at_once 64 --micro_batch 8     one GPU
 
 The method:
-1. For each question the student writes n rollouts; m answers of the teacher come from a cache on disk.
+1. For each question the student writes n rollouts; m answers of the teacher, a model's from a
+   cache on disk.
 2. One call to a *rubricator*: it reads the question and all these answers and writes 4 to 12 yes/no criteria
    with points. Because it sees both sides, the criteria can aim at what the student lacks now.
 3. One call to a *verifier*: yes or no for every criterion on every answer of a shuffled pool, in which

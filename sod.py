@@ -3,7 +3,8 @@
     python sod.py                         the whole experiment on a tiny Qwen3, CPU, a few minutes
     python sod.py --compare --seeds 3     every method and ablation from the same start, one table
     python sod.py --explain               one rollout, token by token
-    python sod.py --model Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --data openai/gsm8k --tool python    one GPU
+    python sod.py --model Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --data openai/gsm8k --tool python \\
+                  --rows_at_once 64 --micro_batch 8                                         one GPU
 
 What happens in a training step:
 1. The student writes turns and tool calls; the tool answers; it goes on. Its own tokens are the loss mask.

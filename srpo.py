@@ -1,8 +1,9 @@
 """SRPO: sample-routed policy optimisation (arXiv 2604.02288), with GRPO and SDPO (2601.20802) on one loop.
 
-    python srpo.py                         a tiny Qwen3, fitted here, then trained; minutes on two CPU cores
-    python srpo.py --compare               every method on the same problems, one table
+    python srpo.py                         a tiny Qwen3, fitted here, then trained; minutes on one CPU core
+    python srpo.py --compare               every method, the paper's three at four rates: 45 runs, one table
     python srpo.py --explain               one wrong rollout, token by token
+    python srpo.py --model Qwen/Qwen3-0.6B --data FILE --rows_at_once 64 --micro_batch 8     one GPU
 
 What happens in a step:
 1. Sample a group of rollouts for every problem and reward each with 0 or 1.

@@ -69,7 +69,7 @@ def test_personamem_is_cut_at_the_end_index(tmp_path, capsys):
     assert first.questions[0].end == 2 and first.questions[0].answer == "b" and second.questions == []
 
     with Server(lambda body, _: (200, '{"claims": [], "is it": "(b)"}', "stop")) as server:
-        flags = ["--backend", "llm", "--model", server.url, "--model_name", "m", "--conditions"]
+        flags = ["--model", server.url, "--model_name", "m", "--conditions"]
         corpora.main(["--data", str(path), *flags])
     prompts = [body["messages"][-1]["content"] for _, body, _ in server.requests]
     shown = [p for p in prompts if "What tea" in p]

@@ -313,8 +313,8 @@ def main(argv=None):
     parser.add_argument("--heldout", action="store_true", help="the held-out bank instead; it is logged")
     parser.add_argument("--mechanisms", action="store_true", help="only what each mechanism is worth")
     args = parser.parse_args(argv)
-    if args.personas < 2 or min(args.budget, args.schema_lines) < 0 or args.backend != "rules":
-        dcpm.fail("--personas must be >= 2, --budget and --schema_lines >= 0, --backend rules")
+    if args.personas < 2 or min(args.budget, args.schema_lines) < 0 or args.model:
+        dcpm.fail("--personas must be >= 2, --budget and --schema_lines >= 0, and no --model given")
     if args.heldout and args.mechanisms:
         dcpm.fail("--mechanisms is about the development and validation banks; leave out --heldout")
     path, banks = Path(__file__).with_name("dcpm_heldout_bank.json"), BANKS

@@ -1,7 +1,7 @@
 """dcpm.py on LoCoMo, LongMemEval, PersonaMem and LoCoMo-Plus: evidence recall, and with a model answers.
 
     python tests/experiments/bench_dcpm_corpora.py --data locomo10.json [--sample conv-26] [--sessions 5] [--encoder DIR]
-    python tests/experiments/bench_dcpm_corpora.py --data contexts.jsonl --backend llm --model DIR --ask 9 --conditions
+    python tests/experiments/bench_dcpm_corpora.py --data contexts.jsonl --model DIR --ask 9 --conditions
     python tests/experiments/bench_dcpm_corpora.py --data locomo_plus.json --into locomo10.json [--encoder DIR]
 
 The format is detected. Recall is the share of a question's evidence turns among the first 5, 10 and 20.

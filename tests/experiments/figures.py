@@ -82,7 +82,7 @@ def sod_rollout() -> None:
         axis.text((start + stop) / 2 - begin - 0.5, 1.7 * top, f"turn {k + 1}{failed}\n$d$ = {d[k]:.2f}\n$w$ = {weights[k]:.2f}",
                   ha="center", va="top", weight="bold" if failed else "normal")
     axis.set(ylim=(-0.12 * top, 1.75 * top), xlim=(-1, end - begin), xlabel="token (white: sampled, hatched: the tool's message)",
-             ylabel="|teacher - student|")
+             ylabel="|teacher - student|, nats")
     save(figure, "sod-rollout")
 
 

@@ -1,6 +1,6 @@
 """By hand: real language, read by a chat model with a sentence encoder, beside the same story read by rules.
 
-    python tests/experiments/real_dcpm.py --backend llm --model DIR_OR_URL --encoder DIR
+    python tests/experiments/real_dcpm.py --model DIR_OR_URL --encoder DIR
 
 One person, eight sessions, forty turns: three habits, each in three areas of life and never named, two moves,
 one change of job, one thing asked to be forgotten. One night, then twenty questions. The model answers them
@@ -172,7 +172,7 @@ def main():
     parser = dcpm.memory_parser(__doc__.split("\n")[0])
     args = parser.parse_args()
     if not args.model:
-        dcpm.fail("this needs --backend llm --model DIR_OR_URL")
+        dcpm.fail("this needs --model DIR_OR_URL")
     empty = dcpm.make_memory(args)()
     empty.backend.chat = watched(empty.backend.chat)
     real = tell("model", empty)
