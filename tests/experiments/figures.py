@@ -1,6 +1,7 @@
 """The figures of README, from runs on disk; SVG, readable in black and white.
 
-    python sod.py --compare --seeds 5; python srpo.py --compare; python tests/experiments/exercises.py ropd-truth
+    python sod.py --compare --seeds 5; python ropd.py --compare; python srpo.py --compare
+    python tests/experiments/exercises.py ropd-truth; python tests/experiments/bench_srpo_worlds.py unripe
     python tests/experiments/figures.py [NAME ...]      into tests/experiments/figures/; no name: all of them
 """
 import json
@@ -108,11 +109,14 @@ def ropd_truth() -> None:
 
 def srpo_collapse() -> None:
     figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="tight")
-    for axis, key, title in zip(axes, ("accuracy", "length", "teacher H"),
-                                ("accuracy, held out", "tokens a rollout", "teacher's entropy, nats")):
-        for (method, label), style in zip((("srpo", "SRPO"), ("sdpo", "SDPO")), STYLES):
-            draw(axis, f"srpo-compare/{method}-s*", key, label, style, width=1 if key == "accuracy" else 5)
-        axis.set(xlabel="step", title=title)
+    for axis, folder, key, title in zip(axes, ("srpo-compare", "worlds/unripe", "worlds/unripe"),
+                                        ("accuracy", "accuracy", "teacher H"),
+                                        ("accuracy: the base only slips", "accuracy: it lacks knowledge",
+                                         "then: teacher's entropy, nats")):
+        for (cell, label), style in zip((("srpo", "SRPO"), ("sdpo", "SDPO")), STYLES):
+            name = cell if folder == "srpo-compare" else f"{cell}-*"
+            draw(axis, f"{folder}/{name}-s?", key, label, style, width=1 if key == "accuracy" else 5)
+        axis.set(xlabel="step", title=title, ylim=(0, 1 if key == "accuracy" else None))
     axes[0].legend(frameon=False)
     save(figure, "srpo-collapse")
 
