@@ -366,7 +366,7 @@ def trends(metrics: Path) -> dict:
 # ------------------------------------------------------------------------------------ the tiny base model
 # A self-teacher needs a base that is often wrong, yet can read a correct solution in its prompt. A tiny model
 # learns that only from a corpus which shows it: that is put in by design, what the methods make of it is not.
-# This base knows the arithmetic and slips. With 600 steps and WRONG = 0.15 it lacks knowledge, and SDPO collapses.
+# This base knows how to calculate and slips. With 600 steps and WRONG = 0.15 it does not: SDPO collapses.
 MODULUS = 10
 OPERATIONS = (4, 4)
 FIT = {"documents": 12000, "steps": 1000, "hidden_size": 80, "layers": 3}
