@@ -60,7 +60,8 @@ def main() -> None:
     own = [line["kl(teacher)"] for line in lines if "kl(teacher)" in line]
     change = np.subtract(gaps[1], gaps[0])
     print("student - teacher, nats a token, own rollouts, step by step:", *(f"{gap:.3f}" for gap in own))
-    print(f"first half {np.mean(own[:len(own) // 2]):.3f}, second half {np.mean(own[len(own) // 2:]):.3f}")
+    half = (len(own) + 1) // 2
+    print(f"first half {np.mean(own[:half]):.3f}, second half {np.mean(own[-half:]):.3f}")
     print(f"{len(change)} held-out problems: {np.mean(gaps[0]):.3f} before, {np.mean(gaps[1]):.3f} after, paired "
           f"difference {change.mean():+.3f} ± {change.std(ddof=1) / len(change) ** 0.5:.3f} (s.e.)")
 
