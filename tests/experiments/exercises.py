@@ -63,6 +63,7 @@ EXERCISES = {
         ("`uniform`: opd_grpo", {"method": "opd_grpo"}, None),
         ("exp(-d_k)", {}, (sod.METHODS, "sod", (exponential, 1, 1)))]),
     "sod-teacher": (sod, [
+        ("SOD, blind teacher", {}, None), ("uniform, blind teacher", {"method": "opd_grpo"}, None),
         ("SOD, the teacher knows time-outs", {"teacher_knows_timeouts": True}, None),
         ("uniform, the teacher knows time-outs", {"teacher_knows_timeouts": True, "method": "opd_grpo"}, None)]),
     "sod-outcome": (sod, [("SOD", {}, None), ("SOD without the outcome", {"method": "sod_no_grpo"}, None)]),
