@@ -672,7 +672,8 @@ def test_stopped_and_resumed_equals_never_stopped_and_nothing_is_lost(tmp_path, 
         common.main(["--resume", "--out", str(parts), *flags])
     assert "the code has changed" in capsys.readouterr().out
     mixed = json.loads((parts / "summary.json").read_text())["fingerprint"]
-    assert mixed != common.fingerprint(common.parse(common.Config, flags), "common")  # of two codes, of neither
+    # it is of two codes, so of neither
+    assert mixed != common.fingerprint(common.parse(common.Config, flags), "common")
     assert timeless(whole) == timeless(parts)
     a, b = (json.loads((f / "summary.json").read_text()) for f in (whole, parts))
     assert a["accuracy_best"] == b["accuracy_best"]

@@ -1,14 +1,14 @@
 """README's exercises, applied to the methods as a reader would, on two seeds each; prints the tables.
 
-    python tests/experiments/exercises.py [NAME ...] [--seeds 2]      one to three minutes a run; no name: all of them
+    python tests/experiments/exercises.py [NAME ...] [--seeds 2]      minutes a run; no name: all of them
 
-A run that is a cell of `--compare` lies in that folder, runs/<script>-compare, every other one in runs/exercises;
-finished runs are taken if flags and code are the same. The exercises of dcpm.py take two sets of 24 personas.
+A run that is a cell of `--compare` lies in runs/<script>-compare, every other one in runs/exercises. A
+finished run of an unchanged method is taken if flags and code are the same; a changed method is always
+trained again.
+The exercises of dcpm.py take two sets of 24 personas.
 """
 import argparse
 import contextlib
-import dataclasses
-import functools
 import json
 import math
 import random
@@ -26,7 +26,7 @@ import sod
 import srpo
 
 
-# ----------------------------------------------------------------------------------------- what a reader changes
+# ------------------------------------------------------------------------------- what a reader changes
 def exponential(d: list[float], first_error: int, delta: float) -> list[float]:
     """w_k = exp(-d_k), not relative to the first turn."""
     return [math.exp(-d_k) for d_k in d]
@@ -46,8 +46,8 @@ def turned_around(judge, share: float = 0.25):
 
 
 def reverse_kl(logps, teacher_logps):
-    """A quarter of KL(student || teacher), (n, V) each -> (n,): close to the teacher as steep as the JSD, so that
-    the balance with GRPO's part of the sum stays. (A smaller rate would not do that: Adam divides by the size.)"""
+    """A quarter of KL(student || teacher), (n, V) each -> (n,): close to the teacher as steep as the JSD, so
+    that GRPO's part of the sum keeps its share. A smaller rate would not do it: Adam divides by the size."""
     return 0.25 * (logps.exp() * (logps - teacher_logps.clamp(min=-1e4))).sum(-1)
 
 
@@ -55,7 +55,13 @@ def without(bank: dict, words: str) -> dict:
     return {sentence: check for sentence, check in bank.items() if words not in sentence}
 
 
-DECOY = {"Some digit appears more than three times.": lambda answer: any(answer.text.count(c) > 3 for c in "0123456789")}
+def repeats_a_digit(answer) -> bool:
+    return any(answer.text.count(digit) > 3 for digit in "0123456789")
+
+
+DECOY = {"Some digit appears more than three times.": repeats_a_digit}
+NOISY = turned_around(ropd.symbolic_judge)
+KNOWS = {"teacher_knows_timeouts": True}
 # exercise: script, [(row of its table, flags, (owner, attribute, what it becomes) or None)]
 EXERCISES = {
     "sod-weights": (sod, [
@@ -64,15 +70,15 @@ EXERCISES = {
         ("exp(-d_k)", {}, (sod.METHODS, "sod", (exponential, 1, 1)))]),
     "sod-teacher": (sod, [
         ("SOD, blind teacher", {}, None), ("uniform, blind teacher", {"method": "opd_grpo"}, None),
-        ("SOD, the teacher knows time-outs", {"teacher_knows_timeouts": True}, None),
-        ("uniform, the teacher knows time-outs", {"teacher_knows_timeouts": True, "method": "opd_grpo"}, None)]),
+        ("SOD, the teacher knows time-outs", KNOWS, None),
+        ("uniform, the teacher knows time-outs", {**KNOWS, "method": "opd_grpo"}, None)]),
     "sod-outcome": (sod, [("SOD", {}, None), ("SOD without the outcome", {"method": "sod_no_grpo"}, None)]),
     "ropd-truth": (ropd, [
         ("as it is", {}, None),
         ("no criterion asks for the truth", {}, (ropd, "BANK", without(ropd.BANK, "is true modulo")))]),
     "ropd-noise": (ropd, [
         ("as it is", {}, None),
-        ("a quarter of the verdicts turned around", {}, (ropd, "symbolic_judge", turned_around(ropd.symbolic_judge)))]),
+        ("a quarter of the verdicts turned around", {}, (ropd, "symbolic_judge", NOISY))]),
     "ropd-decoy": (ropd, [
         ("as it is", {}, None),
         ("a criterion that means nothing", {}, (ropd, "BANK", {**ropd.BANK, **DECOY}))]),
@@ -94,7 +100,10 @@ OF_MEMORY = {"dcpm-nothing-collides": (dcpm.LIMITS, "words", dcpm.LIMITS["words"
 @contextlib.contextmanager
 def changed(patch):
     owner, name, value = patch or ({}, "nothing", None)
-    how = mock.patch.dict(owner, {name: value}) if isinstance(owner, dict) else mock.patch.object(owner, name, value)
+    if isinstance(owner, dict):
+        how = mock.patch.dict(owner, {name: value})
+    else:
+        how = mock.patch.object(owner, name, value)
     with how:
         yield
 
@@ -111,9 +120,12 @@ def folder_of(script, name: str, row: str, flags: dict, patch, seed: int) -> Pat
 def run(script, flags: dict, patch, seed: int, folder: Path) -> dict:
     gate = {"gate_tasks": 0} if script is srpo else {}
     config = script.Config(**{**flags, **gate, "seed": seed, "show_every": 0, "out": str(folder)})
-    finished = common.finished_cell(config, script.__name__)
-    if finished:
-        return finished
+    if patch is None:
+        finished = common.finished_cell(config, script.__name__)
+        if finished:
+            return finished
+    else:
+        config.overwrite = True  # a fingerprint does not know what this file changes
     with changed(patch):
         return script.train(config)
 

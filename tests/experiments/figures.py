@@ -5,7 +5,6 @@
     python tests/experiments/figures.py [NAME ...]      into tests/experiments/figures/; no name: all of them
 """
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -18,8 +17,9 @@ import common
 import sod
 
 matplotlib.use("svg")
-plt.rcParams.update({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
-                     "savefig.facecolor": "white", "axes.grid": True, "grid.color": "0.9", "svg.hashsalt": "figures"})
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                     "grid.color": "0.9", "savefig.facecolor": "white", "svg.fonttype": "none",
+                     "svg.hashsalt": "figures"})
 OUT = Path(__file__).parent / "figures"
 STYLES = [{"color": "black", "ls": "-"}, {"color": "tab:blue", "ls": "--"}, {"color": "tab:red", "ls": ":"},
           {"color": "tab:green", "ls": "-."}]
@@ -60,10 +60,12 @@ def sod_rollout() -> None:
     teacher_logps, _ = common.score(teacher, rollouts)
 
     def shows(i):  # the first in which one call times out, not the first one, and the next turn counts less
-        failed = [k for k, status in enumerate(rollouts.tool_status[i]) if status not in ("ok", "none")]
+        status = rollouts.tool_status[i]
+        failed = [k for k in range(len(status)) if status[k] not in ("ok", "none")]
         d = sod.step_divergence(rollouts.logps[i], teacher_logps[i], rollouts.turns[i])
-        alone = len(failed) == 1 and 0 < failed[0] < len(d) - 1 and rollouts.tool_status[i][failed[0]] == "timeout"
-        return alone and sod.step_weights(d)[failed[0] + 1] < 0.8
+        if len(failed) != 1 or not 0 < failed[0] < len(d) - 1 or status[failed[0]] != "timeout":
+            return False
+        return sod.step_weights(d)[failed[0] + 1] < 0.8
     i = next(i for i in range(len(tasks)) if shows(i))
     turns, status = rollouts.turns[i], rollouts.tool_status[i]
     d = sod.step_divergence(rollouts.logps[i], teacher_logps[i], turns)
@@ -76,14 +78,15 @@ def sod_rollout() -> None:
     for t in range(begin, end):
         sampled = bool(rollouts.mask[i, t])
         axis.bar(t - begin, abs(gap[t]) if sampled else 0.0, width=0.8, color="0.35")
-        axis.bar(t - begin, -0.1 * top, width=0.9, color="white" if sampled else "0.8", edgecolor="0.4", lw=0.6,
-                 hatch="" if sampled else "////")
+        look = {"color": "white"} if sampled else {"color": "0.8", "hatch": "////"}
+        axis.bar(t - begin, -0.1 * top, width=0.9, edgecolor="0.4", lw=0.6, **look)
     for k, (start, stop) in enumerate(turns):
         failed = "\ntimes out" if status[k] in ("error", "timeout") else ""
-        axis.text((start + stop) / 2 - begin - 0.5, 1.7 * top, f"turn {k + 1}{failed}\n$d$ = {d[k]:.2f}\n$w$ = {weights[k]:.2f}",
-                  ha="center", va="top", weight="bold" if failed else "normal")
-    axis.set(ylim=(-0.12 * top, 1.75 * top), xlim=(-1, end - begin), xlabel="token (white: sampled, hatched: the tool's message)",
-             ylabel="|teacher - student|, nats")
+        text = f"turn {k + 1}{failed}\n$d$ = {d[k]:.2f}\n$w$ = {weights[k]:.2f}"
+        axis.text((start + stop) / 2 - begin - 0.5, 1.7 * top, text, ha="center", va="top",
+                  weight="bold" if failed else "normal")
+    axis.set(ylim=(-0.12 * top, 1.75 * top), xlim=(-1, end - begin), ylabel="|teacher - student|, nats",
+             xlabel="token (white: sampled, hatched: the tool's message)")
     save(figure, "sod-rollout")
 
 
@@ -99,7 +102,8 @@ def sod_curves() -> None:
 def ropd_truth() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="tight", sharey=True)
     patterns = ("ropd-compare/ropd-s[01]", "exercises/ropd-truth-no-criterion-asks-for-the-truth-s[01]")
-    for axis, pattern, title in zip(axes, patterns, ("the rubric as it is", "no criterion asks for the truth")):
+    titles = ("the rubric as it is", "no criterion asks for the truth")
+    for axis, pattern, title in zip(axes, patterns, titles):
         for key, style in zip(("reward", "solved"), STYLES):
             draw(axis, pattern, key, key, style, width=10)
         axis.set(xlabel="step", title=title, ylim=(0, 1.02))
@@ -129,9 +133,9 @@ def save(figure, name: str) -> None:
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
-FIGURES = {"sod-rollout": sod_rollout, "sod-curves": sod_curves, "ropd-truth": ropd_truth, "srpo-collapse": srpo_collapse}
+FIGURES = {"sod-rollout": sod_rollout, "sod-curves": sod_curves, "ropd-truth": ropd_truth,
+           "srpo-collapse": srpo_collapse}
 
 if __name__ == "__main__":
-    random.seed(0)
     for name in sys.argv[1:] or FIGURES:
         FIGURES[name]()

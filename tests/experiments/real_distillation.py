@@ -1,11 +1,11 @@
-"""By hand: a real teacher and a real student on sod.py's own path, `--method opd`: does the student come closer?
+"""By hand: a real teacher and a real student on sod.py's own path, `--method opd`: do they come closer?
 
     python tests/experiments/real_distillation.py --model DIR --teacher DIR --data gsm8k.jsonl [--steps 20]
 
-Two models of one tokenizer, for instance Qwen2.5-Coder-0.5B-Instruct and -1.5B-Instruct. 2 problems x 4 rollouts
-of at most 128 tokens a step. Measured is what plain on-policy distillation descends on: the mean over tokens of
-log pi_student - log pi_teacher on the student's own rollouts, in every step and, before and after, on 16 held-out
-problems. Nothing is claimed about accuracy. Minutes a step on a CPU.
+Two models of one tokenizer, for instance Qwen2.5-Coder-0.5B-Instruct and -1.5B-Instruct. 2 problems x 4
+rollouts of at most 128 tokens a step. Measured is what plain on-policy distillation descends on, the mean
+over tokens of log pi_student - log pi_teacher on the student's own rollouts: in every step and, before and after,
+on 16 held-out problems. Nothing is claimed about accuracy. Minutes a step on a CPU.
 """
 import argparse
 import json
@@ -30,10 +30,11 @@ def main() -> None:
         parser.add_argument(f"--{flag}", default=default)
     args = parser.parse_args()
     config = common.parse(sod.Config, [
-        "--method", "opd", "--model", args.model, "--teacher", args.teacher, "--data", args.data, "--lr", args.lr,
-        "--steps", args.steps, "--prompts_per_step", "2", "--group_size", "4", "--max_new_tokens", args.tokens,
-        "--eval_tasks", args.held_out, "--save_every", "0", "--show_every", "5", "--threads", args.threads,
-        "--micro_batch", "4", "--out", args.out, "--overwrite"])
+        "--method", "opd", "--model", args.model, "--teacher", args.teacher, "--data", args.data,
+        "--lr", args.lr, "--steps", args.steps, "--prompts_per_step", "2", "--group_size", "4",
+        "--max_new_tokens", args.tokens, "--eval_tasks", args.held_out, "--save_every", "0",
+        "--show_every", "5", "--threads", args.threads, "--micro_batch", "4", "--out", args.out,
+        "--overwrite"])
     loaded = []
     gaps = []  # before and after: one number a held-out problem
     load_teacher = sod.load_teacher
@@ -62,8 +63,8 @@ def main() -> None:
     print("student - teacher, nats a token, own rollouts, step by step:", *(f"{gap:.3f}" for gap in own))
     half = (len(own) + 1) // 2
     print(f"first half {np.mean(own[:half]):.3f}, second half {np.mean(own[-half:]):.3f}")
-    print(f"{len(change)} held-out problems: {np.mean(gaps[0]):.3f} before, {np.mean(gaps[1]):.3f} after, paired "
-          f"difference {change.mean():+.3f} ± {change.std(ddof=1) / len(change) ** 0.5:.3f} (s.e.)")
+    print(f"{len(change)} held-out problems: {np.mean(gaps[0]):.3f} before, {np.mean(gaps[1]):.3f} after, "
+          f"paired difference {change.mean():+.3f} ± {change.std(ddof=1) / len(change) ** 0.5:.3f} (s.e.)")
 
 
 if __name__ == "__main__":
