@@ -3,7 +3,7 @@
     python tests/experiments/real_distillation.py --model DIR --teacher DIR --data gsm8k.jsonl [--steps 20]
 
 Two models of one tokenizer, for instance Qwen2.5-Coder-0.5B-Instruct and -1.5B-Instruct. 2 problems x 4
-rollouts of at most 128 tokens a step. Measured is what plain on-policy distillation descends on, the mean over
+rollouts of at most 128 tokens a step. Measured is what on-policy distillation descends on, the mean over
 tokens of log pi_student - log pi_teacher on the student's own rollouts: in every step, and on 16 held-out
 problems before and after. Nothing is claimed about accuracy. Minutes a step on a CPU.
 """
