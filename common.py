@@ -1233,8 +1233,12 @@ def table(rows: list[list], head: list[str]) -> str:
 
 def compared(train: Callable, config, variants: dict[str, dict], script: str) -> dict[str, list[dict]]:
     """Trains every variant (name -> the flags in which it differs) on --seeds seeds: name -> summaries. A
-    cell is one variant on one seed. After a stop, finished cells are taken if flags and code are the same,
-    and the one in the middle goes on."""
+    cell is one variant on one seed. --methods picks variants by name. After a stop, finished cells are taken
+    if flags and code are the same, and the one in the middle goes on."""
+    for name in config.methods:
+        if name not in variants:
+            fail(f"--methods: there is no '{name}'; give some of: {' | '.join(variants)}")
+    variants = {name: variants[name] for name in config.methods or variants}
     cells = list(itertools.product(range(config.seed, config.seed + config.seeds), variants))
     print(f"{len(cells)} runs: {len(variants)} variants on {config.seeds} seeds", flush=True)
     summaries = {name: [] for name in variants}

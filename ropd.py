@@ -44,7 +44,7 @@ import random
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Callable, ClassVar, NamedTuple, Sequence
@@ -113,6 +113,7 @@ class Config(common.Config):
     steps: int = option(200, "training steps")
     prompts_per_step: int = option(16, "questions a step")
     compare: bool = option(False, "run every method on --seeds seeds and print one table")
+    methods: list[str] = field(default_factory=list, metadata={"help": "only these rows of --compare"})
     seeds: int = option(3, "seeds for --compare, from --seed on")
     explain: bool = option(False, "judge one group and print everything, before any training")
 
@@ -800,17 +801,14 @@ def explain(config: Config) -> None:
 
 def compare(config: Config) -> None:
     """Every method from the same start, with the same questions; mean and spread over seeds."""
-    variants = {"ropd, m = 1": {"teacher_answers": 1}}
-    for name in METHODS:
-        variants[name] = {"method": name}
+    variants = {name: {"method": name} for name in METHODS}
+    variants["ropd, m = 1"] = {"teacher_answers": 1}
     for name in ("ropd", "uniform_rubric", "grpo"):
         variants[f"{name} --std"] = {"method": name, "std": True}
     found = common.compared(train, config, variants, "ropd")
-    start = found["ropd"][0]
-    print(f"\nstart of seed {config.seed}: {start['accuracy_before']:.3f} at T = 1, "
-          f"{start['greedy_accuracy_before']:.3f} greedy; standard error of one {start['se_before']:.3f}")
     print(common.seed_table(found, {
-        "accuracy_after": "T = 1", "greedy_accuracy_after": "greedy", "auc_first_steps": "AUC, first 5 steps",
+        "accuracy_after": "T = 1", "greedy_accuracy_after": "greedy", "accuracy_best": "best, T = 1",
+        "accuracy_before": "start, T = 1", "auc_first_steps": "AUC, first 5 steps",
         "groups_left_out": "groups left out", "seconds_per_step": "seconds a step"}))
 
 

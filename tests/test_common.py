@@ -704,7 +704,7 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
             return common.train(cell)
         config = common.Config(steps=3, prompts_per_step=2, group_size=4, eval_tasks=8, max_new_tokens=40,
                                save_every=1, out=str(tmp_path / out), **flags)
-        config.seeds, variants = 1, {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}}
+        config.seeds, config.methods, variants = 1, [], {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}}
         summaries = common.compared(train, config, variants, "common")
         return common.seed_table(summaries, {"accuracy_after": "T = 1"})
 
@@ -739,9 +739,12 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
 def test_fresh_fits_the_models_of_each_seed_once(tmp_path):
     fits = []
     config = common.Config(out=str(tmp_path), fresh=True)
-    config.seeds = 2
-    common.compared(lambda cell: fits.append((cell.seed, cell.fresh)), config, {"a": {}, "b": {}}, "common")
-    assert fits == [(0, True), (0, False), (1, True), (1, False)]
+    config.seeds, config.methods = 2, ["b", "a"]
+
+    def train(cell):
+        fits.append((common.Path(cell.out).name, cell.fresh))
+    common.compared(train, config, {"a": {}, "b": {}, "c": {}}, "common")
+    assert fits == [("b-s0", True), ("a-s0", False), ("b-s1", True), ("a-s1", False)]
 
 
 def test_seed_table_pairs_seed_by_seed():

@@ -536,8 +536,7 @@ def test_a_new_method_is_one_row(monkeypatch, refused):
     assert common.parse(ropd.Config, ["--method", "no_contrast"]).method == "no_contrast"
     assert "no_contrast" in refused(common.parse, ropd.Config, ["--method", "no_such"])
     compared = []
-    keys = ("accuracy_before", "accuracy_after", "greedy_accuracy_before", "se_before")
-    start = {"ropd": [dict.fromkeys(keys, 0.0)]}
+    start = {"ropd": [{"accuracy_after": 0.0}]}
     monkeypatch.setattr(common, "compared", lambda *args: compared.append(args[2]) or start)
     ropd.main(["--compare"])
     assert compared[0]["no_contrast"] == {"method": "no_contrast"}
@@ -552,7 +551,8 @@ def test_a_new_method_is_one_row(monkeypatch, refused):
     ("--judge_model x", "would change nothing"), ("--teacher_model x", "would change nothing"),
     ("--std --method sft", "would change nothing"), ("--std --compare", "would change nothing"),
     ("--teacher http://x --teacher_model x --method grpo", "would change nothing"),
-    ("--compare --method judge", "leave --method out"), ("--compare --explain", "--explain"),
+    ("--compare --method judge", "leave --method out"), ("--compare --methods gpo", "no 'gpo'"),
+    ("--compare --explain", "--explain"),
     ("--teacher_answers 0", "--teacher_answers"), ("--reply_tokens 0", "--reply_tokens")])
 def test_refusals(flags, words, tmp_path, refused):
     data, out = tmp_path / "d.jsonl", tmp_path / "r"

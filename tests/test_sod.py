@@ -206,8 +206,7 @@ def test_a_method_is_one_row(one_step, tmp_path, monkeypatch, capsys):
 
     def train(config):
         trained.append(config.method)
-        keys = ("accuracy_before", "accuracy_after", "greedy_accuracy_before", "se_before")
-        return dict.fromkeys(keys, 0.0)
+        return {"accuracy_after": 0.0}
     monkeypatch.setattr(changed, "train", train)
     changed.main(["--method", "new", "--out", str(tmp_path / "one")])
     changed.main(["--compare", "--seeds", "1", "--methods", "new", "grpo", "--out", str(tmp_path / "all")])
@@ -327,7 +326,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
     common.tiny_model(other, 0).save_pretrained(folder)
     other.save_pretrained(folder)
     for flags, word in ((["--teacher", folder], "different tokenizers"),
-                        (["--methods", "ppo"], "invalid choice"), (["--method", "ppo"], "invalid choice"),
+                        (["--compare", "--methods", "ppo"], "no 'ppo'"), (["--method", "ppo"], "invalid choice"),
                         (["--model", folder], "different tokenizers"), (["--timeout_rate", "-1"], "timeout"),
                         (["--explain", "--compare"], "--explain and --compare")):
         assert word in refused(sod.main, [*flags, "--out", str(tmp_path / "run"), *SMALL])

@@ -385,7 +385,10 @@ def test_gates_compare_and_explain(tmp_path, capsys, base):
     names = [row[1].strip() for row in rows[1:]]
     assert len(names) == len(set(names)) == 15 and {"sdpo", "srpo_no_weight", "mix"} < set(names)
     assert {f"grpo --lr {rate}" for rate in ("0.0001", "0.0002", "0.0005")} < set(names)  # 4e-5: its own
-    assert all(row[2] == row[5] and float(row[6]) == 1 for row in rows[1:])  # one evaluation: the mean
+    assert names[0] == "srpo"  # what the others are compared with
+    column = {cell.strip(): k for k, cell in enumerate(rows[0])}
+    for row in rows[1:]:  # one evaluation: the mean
+        assert row[column["T = 1"]] == row[column["mean"]] and float(row[column[".9 at"]]) == 1
     srpo.main([*small, "--explain"])
     out = capsys.readouterr().out
     assert "sibling" in out and "teacher would say" in out and "<|im_end|>" in out
