@@ -1,6 +1,7 @@
 """The figures of README, from runs on disk; SVG, readable in black and white.
 
-    python sod.py --compare --seeds 5; python ropd.py --compare; python srpo.py --compare
+    python sod.py --compare --seeds 5 --methods sod opd_grpo grpo
+    python ropd.py --compare --methods ropd; python srpo.py --compare --methods srpo sdpo
     python tests/experiments/exercises.py ropd-truth; python tests/experiments/bench_srpo_worlds.py unripe
     python tests/experiments/figures.py [NAME ...]      into tests/experiments/figures/; no name: all of them
 """
