@@ -47,7 +47,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of the python tool
-# cuDNN's attention makes a plan for each new shape, and in a rollout every token has a new one.
+# cuDNN's attention makes a plan for each new shape, and *read* passes and micro-batches have many.
 torch.backends.cuda.enable_cudnn_sdp(False)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -590,8 +590,8 @@ class Row:
     turns: list[tuple[int, int]] = field(default_factory=list)
     status: list[str] = field(default_factory=list)
     text: str = ""
-    finished: bool = False
-    done: bool = False
+    finished: bool = False             # it ended its last turn itself
+    done: bool = False                 # nothing more will be written
 
 
 @torch.no_grad()
@@ -629,11 +629,16 @@ def rollout(model, tok, tasks: list[Task], group_size: int = 1, *, tool: Tool | 
     draws = torch.cat([torch.tensor(row.draws) for row in rows]).to(model.device)   # (N, 2)
     logps = on_grid(mask, draws[:, 0])                                              # (B, T)
     entropy = on_grid(mask, draws[:, 1])                                            # (B, T)
-    lengths = [len(row.ids) for row in rows]
     finished = torch.tensor([row.finished for row in rows], device=model.device)    # (B,)
-    texts = [row.text for row in rows]
-    turns = [row.turns for row in rows]
-    return Rollouts(ids, mask, logps, entropy, lengths, finished, texts, turns, [row.status for row in rows])
+    return Rollouts(ids, mask, logps, entropy, finished=finished,
+                    lengths=[len(row.ids) for row in rows], texts=[row.text for row in rows],
+                    turns=[row.turns for row in rows], tool_status=[row.status for row in rows])
+
+
+def sample(model, tok, tasks: list[Task], config, generator, tool: Tool | None = None) -> Rollouts:
+    """The rollouts of a step, group_size a task, by the flags in `config`."""
+    return rollout(model, tok, tasks, config.group_size, tool=tool, temperature=config.temperature,
+                   generator=generator, **config.sampling)
 
 
 READ_WHEN = 0.25  # share of the rows that wait for a *read* pass
@@ -710,7 +715,10 @@ class RowCache:
         self.length = length
         self.layers = {}  # number of a layer -> (2, n, heads, length, d), keys and values
         self.recording = mixed_precision(model.device)
-        self.write_pass = None
+        self.write_pass = None  # `one_id_a_row`, on a GPU recorded; made anew when rows have left
+        self.inputs = None      # for it, from `write`: the next id of each row and its place, (n, 2)
+        self.columns = 0        # for it, from `write`: so many columns are in use
+        self.at = None          # for `update`, from `feed`: rows, places, width
 
     def read(self, rows: list[Row], numbers) -> None:
         """All ids of these rows that wait, but the last. numbers: where the rows stand in the cache."""
@@ -833,7 +841,7 @@ def choose(logits, temperature: float, generator):
         below = logps.exp().cumsum(-1)                                              # (n, V)
         u = torch.rand(len(logps), 1, generator=generator, device=logps.device)     # (n, 1)
         token = torch.searchsorted(below, u * below[:, -1:], right=True)            # (n, 1)
-        token = token.clamp(max=logps.shape[1] - 1)
+        token = token.clamp(max=logps.shape[1] - 1)  # acts where logits are NaN
     return torch.cat([token, logps.gather(1, token), entropy_of(logps)[:, None]], 1)
 
 
@@ -900,15 +908,17 @@ def over_vocab_chunks(hidden, head, fn: Callable, *rows):
     """fn(logits (n, V), *rows (n, ...)) -> (n, ...) on chunks of the N tokens, joined. hidden (N, H); rows: N
     entries each. All logits never exist at once: a chunk holds CHUNK_LOGITS of them, and under gradients it
     is computed again in the backward pass."""
-    logits = lm_head(head)
+    to_logits = lm_head(head)
 
     def one(hidden, *rows):                                                         # (n, H), (n, ...)
-        return fn(logits(hidden), *rows)
+        return fn(to_logits(hidden), *rows)
     size = max(1, CHUNK_LOGITS // head.weight.shape[0])
-    chunks = list(zip(*(x.split(size) for x in (hidden, *rows))))
-    again = torch.is_grad_enabled() and len(chunks) > 1
-    run = functools.partial(checkpoint, one, use_reentrant=False) if again else one
-    return torch.cat([run(*chunk) for chunk in chunks])
+    columns = [column.split(size) for column in (hidden, *rows)]
+    again = torch.is_grad_enabled() and len(columns[0]) > 1
+    values = []
+    for chunk in zip(*columns):
+        values.append(checkpoint(one, *chunk, use_reentrant=False) if again else one(*chunk))
+    return torch.cat(values)
 
 
 def token_logps(model, ids, mask, temperature: float = 1.0, with_entropy: bool = False):
@@ -1000,10 +1010,10 @@ def apply_gradients(model, optimizer, step: int, lr: float, warmup: int = 5) -> 
 
 
 def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int) -> float:
-    """--minibatches optimiser updates on a batch of rollouts -> the last gradient norm. advantages (B, T) or
+    """--minibatches optimiser updates on a batch of rollouts -> mean gradient norm. advantages (B, T) or
     (B, 1). With one update a batch the ratio is 1 and the clip inert; with more, it starts to act."""
     advantages = advantages.expand(rollouts.ids.shape)                              # (B, T)
-    norm = 0.0
+    norms = []
     student.train()  # switches gradient checkpointing on; the models have no dropout
     for minibatch in torch.arange(len(rollouts.ids)).chunk(config.minibatches):
         if not (advantages[minibatch] * rollouts.mask[minibatch]).any():
@@ -1016,9 +1026,9 @@ def update(student, optimizer, rollouts: Rollouts, advantages, config, step: int
             loss = policy_loss(logps, rollouts.logps[rows, columns], advantages[rows, columns], mask,
                                denominator=tokens)
             loss.backward()
-        norm = apply_gradients(student, optimizer, step, config.rate)
+        norms.append(apply_gradients(student, optimizer, step, config.rate))
     student.eval()
-    return norm
+    return sum(norms) / max(1, len(norms))  # not finite if one of them is not
 
 
 def evaluate(model, tok, tasks: list[Task], **sampling) -> dict:
@@ -1095,6 +1105,8 @@ class Run:
         if changed:
             fail(f"{self.folder} was begun with other values of {', '.join(changed)}; give those again")
         self.notes = {**self.state["notes"], "fingerprint": now}
+        if self.notes["step"] > self.config.steps:
+            fail(f"{self.folder} has {self.notes['step']} steps behind it; give --steps at least as many")
 
     def open_folder(self, modules: list, generator: torch.Generator, *dice: random.Random) -> int:
         """Names what a checkpoint holds, restores it on --resume, returns the first step to do. modules: the
@@ -1117,6 +1129,7 @@ class Run:
             for rng, state in zip(dice, self.state["dice"], strict=True):
                 rng.setstate(state)
             os.truncate(self.metrics, self.notes["bytes"])  # what came after the checkpoint is done again
+            del self.state  # three times as large as the model
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
@@ -1199,9 +1212,9 @@ class Run:
 
     def finish(self, model, tok, measure: Callable[[], dict], **more) -> dict:
         """Last evaluation, model/, summary.json; returns the summary."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # all steps are done: Ctrl-C stops at once
         after = measure()
         self.evaluated("after", after)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         notes = self.notes
         summary = {"method": self.config.method, "seed": self.config.seed, "accuracy_best": notes["best"]}
         for key, value in after.items():
@@ -1257,7 +1270,7 @@ def compared(train: Callable, config, variants: dict[str, dict], script: str) ->
             fitted.add(seed)
             seconds.append(time.time() - started)
             left = len(cells) - done
-            print(f"{left} runs to go, about {left * min(seconds) / 60:.0f} minutes", flush=True)
+            print(f"{left} runs to go, about {left * np.median(seconds) / 60:.0f} minutes", flush=True)
         summaries[name].append(summary)
     return summaries
 
@@ -1272,9 +1285,10 @@ def finished_cell(cell, script: str) -> dict | None:
         if summary["fingerprint"] == now and summary["config"]["steps"] == cell.steps:
             print(f"taken from {folder}, where it was finished earlier; --overwrite trains it again")
             return summary
-        print(f"{folder} was finished with other flags or other code; it is trained again")
+        print(f"{folder} was finished with other flags, steps or code")
     state = last_state(folder)
-    cell.resume = not cell.overwrite and state is not None and state["notes"]["fingerprint"] == now
+    same = state is not None and state["notes"]["fingerprint"] == now
+    cell.resume = not cell.overwrite and same and state["notes"]["step"] <= cell.steps
     cell.overwrite = not cell.resume
     return None
 
@@ -1370,7 +1384,7 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, 
             except Exception as error:  # the error classes differ between versions, these attributes do not
                 said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 code = getattr(getattr(error, "response", None), "status_code", 0)
-                if 400 <= code < 500:
+                if 400 <= code < 500 and code not in (408, 429):  # too slow, too many at once
                     break
             else:
                 cut = choice.finish_reason in ("length", "content_filter")
@@ -1408,7 +1422,9 @@ def ask(chat: Callable, conversations: list, check, tally: Counter, tries: int =
     results = [None] * len(conversations)
     todo = dict(enumerate(conversations))  # what is still to be asked
     for _ in range(tries):
-        replies = dict(zip(todo, chat(list(todo.values())))) if todo else {}
+        if not todo:
+            break
+        replies = dict(zip(todo, chat(list(todo.values()))))
         todo = {}
         for i, reply in replies.items():
             tally["calls"] += 1
@@ -1481,8 +1497,7 @@ def train(config: Config) -> dict:
     for step in range(first, config.steps):
         started = time.time()
         tasks = rng.sample(train_tasks, config.prompts_per_step)
-        rollouts = rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
-                           generator=generator, **config.sampling)
+        rollouts = sample(student, tok, tasks, config, generator)
         rescore(student, rollouts, config)
         reward = rewards(rollouts, tasks)                                           # (B,)
         advantages = group_advantages(reward, config.group_size)                    # (B,)

@@ -7,8 +7,8 @@
                    --data openai/gsm8k --prompts_per_step 8 --rows_at_once 64 --micro_batch 8     one GPU
 
 The method:
-1. For each question the student writes n rollouts; m answers of the teacher, a model's from a
-   cache on disk.
+1. For each question the student writes n rollouts and the teacher m answers; those of a teacher model are
+   kept on disk, so that it is asked only once.
 2. One call to a *rubricator*: it reads the question and all these answers and writes 4 to 12 yes/no criteria
    with points. Because it sees both sides, the criteria can aim at what the student lacks now.
 3. One call to a *verifier*: yes or no for every criterion on every answer of a shuffled pool, in which
@@ -287,10 +287,8 @@ def parse_scores(reply: dict, count: int) -> tuple[list, int]:
     return marks, 0
 
 
-def parse_verdicts(reply: dict, count: int, rubric: dict | None) -> tuple[list, int]:
+def parse_verdicts(reply: dict, count: int, rubric: dict) -> tuple[list, int]:
     """Verifier's reply -> count x K booleans, and how many of its own totals are wrong; or an error."""
-    if rubric is None:
-        return parse_scores(reply, count)
     verdicts = []
     wrong_totals = 0
     for answer in read_answers(reply, count):
@@ -327,7 +325,8 @@ def ask_verdicts(groups: list[Group], judge: Callable, tally: Counter) -> None:
     for group in todo:
         group.pool = blind_pool(group)
         prompts.append(verifier_prompt(group))
-        parsers.append(partial(parse_verdicts, count=len(group.pool), rubric=group.rubric))
+        parser = partial(parse_verdicts, rubric=group.rubric) if group.rubric else parse_scores
+        parsers.append(partial(parser, count=len(group.pool)))
     # A failed verdict is asked for again with the same rubric: a new one would be another ruler.
     replies = common.ask(partial(judge, temperature=0.0), prompts, parsers, tally)
     for group, reply in zip(todo, replies):
@@ -561,7 +560,7 @@ def load_student(config, device):
 chat_backend = cache(common.chat_backend)  # so that one local model in two roles is loaded once
 
 
-def connect(config, role: str, device) -> Callable | None:
+def connect(config, role: str) -> Callable | None:
     """The teacher or the judge, a function conversations -> texts; None where --method does without."""
     if not getattr(METHODS[config.method], role):
         return None
@@ -573,8 +572,10 @@ def connect(config, role: str, device) -> Callable | None:
         print(f"symbolic {role}: rules, where ROPD has a language model")
         return symbolic_teacher if role == "teacher" else symbolic_judge
     model_name = getattr(config, f"{role}_model")
+    # Off for local models, which do not read it: then both roles ask for the same, and it is loaded once.
     json_object = role == "judge" and name.startswith("http")
-    chat = chat_backend(name, model_name, config.reply_tokens, json_object=json_object, device=str(device),
+    device = "" if config.device == "auto" else config.device  # a tiny student's would be the CPU
+    chat = chat_backend(name, model_name, config.reply_tokens, json_object=json_object, device=device,
                         rows_at_once=config.rows_at_once, retries=2, timeout=120.0)
     if role == "judge":
         return chat
@@ -593,7 +594,7 @@ def remembered(chat: Callable, path: Path, key) -> Callable:
         asked = [json.dumps([key, sampling, c], sort_keys=True) for c in conversations]
         asked = numbered_repeats(asked)
         new = [i for i, text in enumerate(asked) if text not in known]
-        replies = chat([conversations[i] for i in new], **sampling)
+        replies = chat([conversations[i] for i in new], **sampling) if new else []
         for i, reply in zip(new, replies):
             if reply is not None:
                 known[asked[i]] = reply
@@ -620,12 +621,6 @@ def teacher_answers(teacher: Callable, tasks: list[Task], m: int) -> list[list[s
 
 
 # --------------------------------------------------------------------------------------------------- training
-def sample(student, tok, tasks: list[Task], config, generator) -> common.Rollouts:
-    """group_size rollouts a task."""
-    return common.rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
-                          generator=generator, **config.sampling)
-
-
 def sft_update(student, tok, optimizer, tasks, answers, config, step: int) -> float:
     """One update towards the teacher's answers: cross-entropy, mean over their tokens. -> gradient norm."""
     sequences = []
@@ -657,8 +652,8 @@ def train(config: Config) -> dict:
     train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain,
                                               config.prompts_per_step)
     run = common.Run(config, "ropd")
-    judge = connect(config, "judge", device)
-    teacher = connect(config, "teacher", device)
+    judge = connect(config, "judge")
+    teacher = connect(config, "teacher")
     student, tok = load_student(config, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
     rng = random.Random(config.seed)
@@ -678,12 +673,12 @@ def train(config: Config) -> dict:
         tasks = rng.sample(train_tasks, config.prompts_per_step)
         # 1. Eq. 1: y_j ~ teacher(. | x), j = 1..m;     y_i ~ student(. | x), i = 1..n
         answers = teacher_answers(teacher, tasks, config.teacher_answers) if teacher else []
-        if config.method == "sft":
+        if method.teacher and not method.judge:  # sft
             norm = sft_update(student, tok, optimizer, tasks, answers, config, step)
             run.step(step + 1, started, {"teacher answers": sum(map(len, answers)), "grad": norm})
             run.end_step(step + 1, measure)
             continue
-        rollouts = sample(student, tok, tasks, config, generator)
+        rollouts = common.sample(student, tok, tasks, config, generator)
         common.rescore(student, rollouts, config)
         correct = common.rewards(rollouts, tasks).cpu()  # (B,) for the log; only --method grpo learns from it
 
@@ -731,7 +726,8 @@ def mean(values) -> float | None:
 
 
 def log_step(run, step: int, started: float, figures: dict, groups: list[Group], tally: Counter) -> None:
-    """`figures` and two of the judge for the console; the finer ones go to metrics.jsonl alone."""
+    """Writes the step: `figures` and two of the judge for the console, finer ones for metrics.jsonl alone.
+    Stops a run that loses too many groups."""
     missing = Counter(group.left_out for group in groups if group.left_out)
     lost = missing.total()
     run.notes["aucs"].append(figures["auc"])
@@ -739,10 +735,10 @@ def log_step(run, step: int, started: float, figures: dict, groups: list[Group],
     run.notes["left_out"].append(lost)
     # Over 40 % of the groups left out in twenty steps: hours more of it would teach nothing.
     recent = run.notes["left_out"][-20:]
-    if len(recent) == 20 and sum(recent) > 0.4 * 20 * len(groups):
+    if lost and len(recent) == 20 and sum(recent) > 0.4 * 20 * len(groups):
         reason = max(set(tally) - {"calls"}, key=tally.get, default="the teacher gave no answer")
-        common.fail(f"{sum(recent)} of the last {20 * len(groups)} groups were left out, most often because: "
-                    f"{reason}; take a stronger teacher or judge, or raise --reply_tokens")
+        common.fail(f"{sum(recent)} of the last {20 * len(groups)} groups were left out, here mostly "
+                    f"because: {reason}; take a stronger teacher or judge, or raise --reply_tokens")
     figures["judge calls"] = tally["calls"]
     figures["left out"] = f"{lost}/{len(groups)}"
 
@@ -784,19 +780,21 @@ def explain(config: Config) -> None:
     device = common.setup(config)
     _, tasks = common.load_tasks(config.data, config.eval_tasks, small_chain)
     task = tasks[0]
-    judge = connect(config, "judge", device)
-    teacher = connect(config, "teacher", device)
+    judge = connect(config, "judge")
+    teacher = connect(config, "teacher")
     student, tok = load_student(config, device)
-    rollouts = sample(student, tok, [task], config, torch.Generator(device).manual_seed(config.seed))
+    generator = torch.Generator(device).manual_seed(config.seed)
+    rollouts = common.sample(student, tok, [task], config, generator)
     answers = teacher_answers(teacher, [task], config.teacher_answers)
     group = new_group(question_text(task), answers[0], rollouts.texts)
     tally = Counter()
     ask_rubrics([group], judge, METHODS[config.method], tally)
     ask_verdicts([group], judge, tally)
     show_group(group, common.rewards(rollouts, [task]).tolist(), rows=config.group_size)
-    average = mean(rewards_of(group, group.students)) or 0.0
-    print(f"points, who meets the criterion (teacher | students); {tally['calls']} judge calls\n"
-          f"advantage of a rollout: its reward - {average:.3f}, their mean")
+    print(f"points, who meets the criterion (teacher | students); {tally['calls']} judge calls")
+    if not group.left_out:
+        average = mean(rewards_of(group, group.students))
+        print(f"advantage of a rollout: its reward - {average:.3f}, their mean")
 
 
 def compare(config: Config) -> None:
@@ -817,7 +815,7 @@ def main(argv=None) -> None:
     if config.compare and config.method != "ropd":
         common.fail("--compare runs every method; leave --method out")
     method = METHODS[config.method]
-    useful = {"explain": method.judge, "std": config.method != "sft" and not config.compare,
+    useful = {"explain": method.judge, "std": (method.judge or not method.teacher) and not config.compare,
               "judge_model": method.judge and config.judge.startswith("http"),
               "teacher_model": method.teacher and config.teacher.startswith("http")}
     for flag, changes_something in useful.items():

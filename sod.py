@@ -117,7 +117,7 @@ METHODS = {
     "grpo": (uniform, 1, 0),
     "sft": (uniform, 0, 0),  # no training: the cold start itself
 }
-METHODS |= {  # the ablations of its Table 2
+METHODS |= {  # the ablations of the paper's Table 2
     "sod_no_grpo": (divergence_ratio, 0, 1),
     "no_cap": (no_cap, 1, 1),
     "decay": (decay, 1, 1),
@@ -294,13 +294,12 @@ def load_student(config: Config, device: torch.device):
 def load_teacher(config: Config, tok, device: torch.device):
     """The frozen teacher, which must read the student's ids: `tok` is the student's tokenizer."""
     if config.teacher == "tiny":
-        teacher = None  # made below: it takes a minute, and the check comes first
         teacher_tok = build_tokenizer()
     else:
         teacher, teacher_tok = common.load_model(config.teacher, device, trainable=False)
     if tok.get_vocab() != teacher_tok.get_vocab():
         common.fail("student and teacher have different tokenizers; take two models of one family")
-    if teacher is None:
+    if config.teacher == "tiny":  # only now: it takes a minute
         teacher = tiny_teacher(config, tok).to(device)
     return teacher.requires_grad_(False)
 
@@ -315,8 +314,8 @@ def tiny_teacher(config: Config, tok):
     common.fit_tiny("the teacher", teacher, docs, steps=250, seed=seed, fresh=config.fresh)
     weights = b"".join(p.detach().numpy().tobytes() for p in teacher.parameters())
     # The source of `improve` is in the key: a reader who edits it must get a new teacher.
-    key = ["grpo", hashlib.sha256(weights).hexdigest(), rate, inspect.getsource(improve)]
-    return common.cached(teacher, [*key, seed], lambda: improve(teacher, tok, rate, seed), config.fresh)
+    key = ["grpo", hashlib.sha256(weights).hexdigest(), rate, inspect.getsource(improve), seed]
+    return common.cached(teacher, key, lambda: improve(teacher, tok, rate, seed), config.fresh)
 
 
 def improve(model, tok, timeout_rate: float, seed: int, steps: int = 40) -> None:
@@ -343,11 +342,11 @@ def evaluate(student, tok, tasks: list[Task], config: Config) -> dict:
 
 
 def tool_figures(tool_status: list[list[str]]) -> dict:
-    """Turns and calls of a rollout, and the share of the calls that failed."""
-    turns = sum(tool_status, [])
-    calls = [status for status in turns if status != "none"]
+    """Mean turns and calls of a rollout, and the share of the calls that failed."""
+    statuses = sum(tool_status, [])
+    calls = [status for status in statuses if status != "none"]
     failed = [status for status in calls if status != "ok"]
-    return {"turns": len(turns) / len(tool_status), "calls": len(calls) / len(tool_status),
+    return {"turns": len(statuses) / len(tool_status), "calls": len(calls) / len(tool_status),
             "failed calls": len(failed) / max(1, len(calls))}
 
 
@@ -358,7 +357,7 @@ def train(config: Config) -> dict:
     train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, a_step=config.prompts_per_step)
     run = common.Run(config, "sod")
     student, tok = load_student(config, device)
-    teacher = load_teacher(config, tok, device)
+    teacher = load_teacher(config, tok, device) if distill else None
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, weight_decay=0.0)
     rng = random.Random(config.seed)
     tool_rng = random.Random(config.seed)
@@ -375,8 +374,7 @@ def train(config: Config) -> dict:
         started = time.time()
         # 1. y ~ pi(. | x), with the tool's answers in it;   mask = 1 on what the student wrote
         tasks = rng.sample(train_tasks, config.prompts_per_step)
-        rollouts = common.rollout(student, tok, tasks, config.group_size, tool=tool, generator=generator,
-                                  temperature=config.temperature, **config.sampling)
+        rollouts = common.sample(student, tok, tasks, config, generator, tool)
         common.rescore(student, rollouts, config)
         mask = rollouts.mask                                                        # (B, T)
         rollout_ended = time.time()

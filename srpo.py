@@ -1,7 +1,7 @@
 """SRPO: sample-routed policy optimisation (arXiv 2604.02288), with GRPO and SDPO (2601.20802) on one loop.
 
     python srpo.py                         a tiny Qwen3, fitted here, then trained; minutes on one CPU core
-    python srpo.py --compare               every method, the paper's three at four rates: 45 runs, one table
+    python srpo.py --compare               every method, the paper's three at more rates: 45 runs, one table
     python srpo.py --explain               one wrong rollout, token by token
     python srpo.py --model Qwen/Qwen3-0.6B --data FILE --rows_at_once 64 --micro_batch 8     one GPU
 
@@ -71,8 +71,6 @@ def pick_demonstration(rewards: list[float], group_size: int) -> list[int | None
 
 def jsd(logps, teacher_logps):
     """Jensen-Shannon divergence of two log-distributions, (n, V) each -> (n,) nats, at most ln 2 (2.2)."""
-    logps = logps.clamp(min=-1e4)  # at -inf: 0 * inf = NaN                          # (n, V)
-    teacher_logps = teacher_logps.clamp(min=-1e4)                                   # (n, V)
     # m = (p + q) / 2,   JSD = KL(p || m) / 2 + KL(q || m) / 2
     log_m = torch.logaddexp(logps, teacher_logps) - math.log(2)                     # (n, V)
     from_student = (logps.exp() * (logps - log_m)).sum(-1)                          # (n,)
@@ -241,6 +239,7 @@ def student_pass(student, teacher, rollouts: Rollouts, rows: list, columns: slic
     # JSD_t = JSD(pi(. | x, y_<t) || pi_teacher(. | x, sibling, y_<t))
     divergence = torch.zeros_like(rho)                                              # (b, t)
     if distilled.any():
+        # Both row by row: the rows that have teacher_states are the distilled ones.
         ours = hidden[distilled[mask]]                                              # (k, hidden)
         theirs = torch.cat([teacher_states[i] for i in rows if i in teacher_states])    # (k, hidden)
         values = divergences(student, teacher, ours, theirs, temperature)           # (k,)
@@ -249,12 +248,6 @@ def student_pass(student, teacher, rollouts: Rollouts, rows: list, columns: slic
 
 
 # ------------------------------------------------------------------------------------ training
-def sample(student, tok, tasks: list[Task], config: Config, generator) -> Rollouts:
-    """group_size rollouts for each task."""
-    return common.rollout(student, tok, tasks, config.group_size, temperature=config.temperature,
-                          generator=generator, **config.sampling)
-
-
 def train(config: Config) -> dict:
     """One loop for all methods, in the order of the list at the head of this file."""
     train_tasks, held_out = common.load_tasks(config.data, config.eval_tasks, small_chain,
@@ -280,7 +273,7 @@ def train(config: Config) -> dict:
         started = time.time()
         # 1. y_1 ... y_G ~ pi(. | x) for every problem x,   r_i = 1 if y_i is right, else 0
         tasks = rng.sample(train_tasks, config.prompts_per_step)
-        rollouts = sample(student, tok, tasks, config, generator)
+        rollouts = common.sample(student, tok, tasks, config, generator)
         reward = common.rewards(rollouts, tasks)                                    # (B,)
         # A_i = r_i - mean over the *whole* group: over its GRPO part, all of them right, it would always be 0
         A = common.group_advantages(reward, config.group_size, std=False)           # (B,)
@@ -290,7 +283,7 @@ def train(config: Config) -> dict:
         z_grpo, z_sdpo, counted = route(reward, demos, config.method, config.distill)   # (B,) each
         N = rollouts.mask[counted].sum()
 
-        # 3. pi_teacher(. | x, sibling, y_<t), for the routed rollouts and no others: here SRPO saves time
+        # 3. pi_teacher(. | x, sibling, y_<t), for the routed rollouts alone: SRPO saves time, GRPO has none
         teacher_started = time.time()
         routed = z_sdpo.nonzero()[:, 0].tolist()
         teacher_states, H = teacher_pass(teacher, tok, tasks, rollouts, demos, routed, config)  # .., (B, T)
@@ -367,7 +360,7 @@ def trends(metrics: Path) -> dict:
 # ------------------------------------------------------------------------------------ the tiny base model
 # A self-teacher needs a base that is often wrong, yet can read a correct solution in its prompt. A tiny model
 # learns that only from a corpus which shows it: that is put in by design, what the methods make of it is not.
-# This base knows how to calculate and slips. With 600 steps and WRONG = 0.15 it does not: SDPO collapses.
+# This base can calculate, and slips. One fitted for 600 steps with WRONG = 0.15 cannot: there SDPO collapses.
 MODULUS = 10
 OPERATIONS = (4, 4)
 FIT = {"documents": 12000, "steps": 1000, "hidden_size": 80, "layers": 3}
@@ -387,12 +380,13 @@ def write_solution(rng, task: Task, long: bool, wrong: float = 0.0, snap_back: f
     values, modulus, operations = common.parse_chain(task.messages[-1]["content"])
     value = values[0]
     parts = []
-    for (label, operation, operand), result in zip(operations, values[1:]):  # the right result
-        if rng.random() >= snap_back:
-            result = common.APPLY[operation](value, operand) % modulus
+    for (label, sign, operand), right in zip(operations, values[1:]):
+        result = common.APPLY[sign](value, operand) % modulus
+        if rng.random() < snap_back:
+            result = right  # the solution's, though it need not follow from what stands before
         if rng.random() < wrong:
             result = rng.randrange(modulus)
-        parts.append(f"{label}{value}{operation}{operand}={result}" if long else f"{label}{result}")
+        parts.append(f"{label}{value}{sign}{operand}={result}" if long else f"{label}{result}")
         value = result
     return ", ".join(parts) + f". \\boxed{{{value}}}"
 
@@ -442,7 +436,7 @@ def load_student(config: Config, device):
 def gates(student, tok, tasks: list[Task], config: Config) -> dict:
     """Can this model read a solution? If not, its self-teacher is noise. Prints shares of right answers."""
     generator = torch.Generator(student.device).manual_seed(4321)
-    rollouts = sample(student, tok, tasks, config, generator)
+    rollouts = common.sample(student, tok, tasks, config, generator)
     reward = common.rewards(rollouts, tasks).view(len(tasks), -1)                   # (tasks, group_size)
     solved = []
     solutions = []
@@ -459,7 +453,7 @@ def gates(student, tok, tasks: list[Task], config: Config) -> dict:
             asked = []
             for task, solution in zip(solved, shown):
                 asked.append(Task(reprompt(task.messages, solution), task.answer))
-            answers = sample(student, tok, asked, config, generator)
+            answers = common.sample(student, tok, asked, config, generator)
             found[name] = float(common.rewards(answers, asked).mean())
     print(f"gates: student {found['student']:.2f} (0.2 to 0.5), groups with a success {found['groups']:.2f} "
           f"(0.6 or more)\n       teacher with a sibling's solution {found['sibling']:.2f} (0.8 or more), "
@@ -480,19 +474,21 @@ def compare(config: Config) -> None:
                     rate = factor * slowest
                     variants[f"{method} --lr {rate:g}"] = {"method": method, "lr": rate}
     found = common.compared(train, replace(config, gate_tasks=0), variants, "srpo")
-    print("\nNo --lr: its own, in the paper's ratio. mean: of all evaluations in training; .9 at: the step of "
-          "the first\nthat reaches .9, or else the last; first, last: means of ten steps")
+    print("\nNo --lr: its own, in the paper's ratio. mean: of all evaluations in training; .9 at: the step "
+          "of the first\nthat reaches .9, or else the last; first, last: means of ten steps")
     print(common.seed_table(found, {
         "accuracy_after": "T = 1", "greedy_accuracy_after": "greedy", "accuracy_best": "best, T = 1",
         "accuracy_before": "start, T = 1", "mean accuracy": "mean", "steps to .9": ".9 at",
-        "length_before": "start, length", "length_after": "length", "teacher H, first": "teacher H, first", "teacher H, last": "last",
+        "length_before": "start, length", "length_after": "length",
+        "teacher H, first": "teacher H, first", "teacher H, last": "last",
         "routed, first": "routed, first", "routed, last": "last",
         "teacher_seconds, first": "teacher s, first", "teacher_seconds, last": "last",
         "seconds_per_step": "s/step"}))
 
 
 def first_wrong(tok, tokens: list[int], task: Task) -> int | None:
-    """The token with which a rollout leaves the faultless solution in its style; None if it has neither."""
+    """Index of the token with which a rollout leaves the faultless solution in its style. None if it never
+    does, or at once: then its text has neither style."""
     long = "=" in tok.decode(tokens).split(",")[0]
     right = write_solution(random, task, long)
     for k in range(len(tokens)):
@@ -508,7 +504,7 @@ def explain(config: Config) -> None:
     tasks = random.Random(config.seed).sample(problems, config.prompts_per_step)
     student, tok = load_student(config, common.setup(config))
     generator = torch.Generator(student.device).manual_seed(config.seed)
-    rollouts = sample(student, tok, tasks, config, generator)
+    rollouts = common.sample(student, tok, tasks, config, generator)
     reward = common.rewards(rollouts, tasks).tolist()
     demos = pick_demonstration(reward, config.group_size)
     texts = rollouts.texts
@@ -557,6 +553,8 @@ def main(argv=None) -> None:
         common.fail(f"--ema {config.ema} is out of range; give a share from 0 to 1")
     if config.minibatches != 1:
         common.fail("--minibatches must be 1: the weights and N belong to one update on the whole batch")
+    if config.compare and config.lr is not None:
+        common.fail("--compare sets the learning rates itself; leave --lr out")
     common.launch(config, train, explain=explain, compare=compare)
 
 

@@ -44,8 +44,8 @@ def naps(monkeypatch):
 
 
 def test_one_bad_answer_costs_one_reply(capsys, naps):
-    late, lost = [(500, "", ""), (503, "", ""), (200, "ok", "stop")], [
-        (400, "", ""), (429, "", ""), (200, None, "stop"), (200, {"a": 1}, "stop"), (200, "half", "length")]
+    late, lost = [(500, "", ""), (429, "", ""), (200, "ok", "stop")], [
+        (400, "", ""), (403, "", ""), (200, None, "stop"), (200, {"a": 1}, "stop"), (200, "half", "length")]
     with Server(lambda body, count: [GOOD, *late, *lost, *[(503, "", "")] * 3][count - 1]) as server:
         chat = common.chat_backend(server.url, "m", retries=2)
         assert chat(HELLO) == ["ok"] and naps == [1.0, 2.0]

@@ -140,6 +140,7 @@ def test_micro_batches_and_row_order_give_the_same_gradient(model, tok, monkeypa
     def keep(model, *_):
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         model.zero_grad()
+        return 0.0
     monkeypatch.setattr(common, "apply_gradients", keep)
     order = torch.randperm(len(rollouts.ids), generator=torch.Generator().manual_seed(2))
     fields = {f: getattr(rollouts, f)[order] for f in ("ids", "mask", "logps")}
@@ -175,6 +176,9 @@ def test_minibatches_reuse_the_frozen_log_probs(tok, model, monkeypatch):
     optimizer, ones = torch.optim.AdamW(student.parameters()), torch.ones(len(rollouts.ids), 1)
     common.update(student, optimizer, rollouts, ones, config, 9)
     assert ratios[0] < 1e-5 < ratios[1]
+    norms = [math.nan, 1.0]  # a skipped update is not hidden by the one behind it
+    monkeypatch.setattr(common, "apply_gradients", lambda *how: norms.pop(0))
+    assert math.isnan(common.update(student, optimizer, rollouts, ones, config, 9)) and not norms
 
 
 # ----------------------------------------------------------------------------------------- rollouts
@@ -666,7 +670,8 @@ def test_stopped_and_resumed_equals_never_stopped_and_nothing_is_lost(tmp_path, 
     assert stop.value.code == 130 and "stopped after step 3" in capsys.readouterr().out
     with open(parts / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "solved": 0.1}\n{"step": 5, "sol')  # what a kill leaves behind
-    assert "--seed" in refused(common.main, ["--resume", "--seed", "1", "--out", str(parts), *flags])
+    for more, word in (("--seed", "--seed"), ("--steps", "3 steps behind")):
+        assert word in refused(common.main, ["--resume", "--out", str(parts), *flags, more, "1"])
     with monkeypatch.context() as patch:  # other code goes on, and says so
         patch.setattr(common.Path, "read_bytes", lambda path: b"edited")
         common.main(["--resume", "--out", str(parts), *flags])
@@ -694,7 +699,7 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
     """Finished cells are taken, a cell in the middle goes on; the table is that of an uninterrupted run."""
     trained = []
 
-    def compare(out, stop=None, **flags):
+    def compare(out, stop=None, steps=3, **flags):
         def train(cell):
             if len(trained) == stop:  # dies in the middle of this cell, after its checkpoint
                 common.train(dataclasses.replace(cell, steps=1))
@@ -702,7 +707,7 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
                 raise KeyboardInterrupt
             trained.append(common.Path(cell.out).name)
             return common.train(cell)
-        config = common.Config(steps=3, prompts_per_step=2, group_size=4, eval_tasks=8, max_new_tokens=40,
+        config = common.Config(steps=steps, prompts_per_step=2, group_size=4, eval_tasks=8, max_new_tokens=40,
                                save_every=1, out=str(tmp_path / out), **flags)
         config.seeds, config.methods, variants = 1, [], {"low": {"lr": 1e-4}, "a high rate": {"lr": 1e-3}}
         summaries = common.compared(train, config, variants, "common")
@@ -719,6 +724,9 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
     assert "2 runs: 2 variants on 1 seeds" in out and "0 runs to go" in out
     for name in trained:
         assert timeless(tmp_path / "whole" / name) == timeless(tmp_path / "parts" / name)
+    trained.clear()  # fewer steps: a checkpoint of more must not pass for their result
+    compare("parts", steps=2)
+    assert len(trained) == 2 and "step 1/2" in capsys.readouterr().out
     trained.clear()
     compare("parts", overwrite=True)
     assert len(trained) == 2

@@ -502,6 +502,7 @@ def test_remembered(tmp_path):
             self.replies, self.asked = list(replies), []
 
         def __call__(self, conversations, **sampling):
+            assert conversations  # a local model cannot be asked for nothing
             self.asked += conversations
             return [self.replies.pop(0) for _ in conversations]
 

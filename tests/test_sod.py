@@ -349,5 +349,7 @@ def test_the_users_command(tmp_path, smaller_fits, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert all(words in result.stdout for words in ("eval before", "step 2/2", "wrote runs/sod-sod-s0/"))
     monkeypatch.chdir(tmp_path)
-    sod.main([*flags, "--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real"])
+    monkeypatch.setattr(sod, "load_teacher", lambda *how: pytest.fail("grpo has no teacher"))
+    sod.main([*flags, "--data", "data.jsonl", "--tool", "python", "--max_new_tokens", "40", "--out", "real",
+              "--method", "grpo"])
     assert len(timeless(tmp_path / "real")) == 4
