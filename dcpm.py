@@ -49,6 +49,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
+from scipy.stats import rankdata
 from sklearn.cluster import DBSCAN
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.metrics.pairwise import linear_kernel as cosines  # unit rows (n, d), (m, d) -> (n, m)
@@ -283,18 +284,17 @@ class Store:
             belief.sources.append(data["source"])
             belief.t_event = data.get("t_event", belief.t_event)
             self._weigh(belief)
-            if belief.id in self.forgotten:  # told again after "forget that": it stays forgotten
-                self.hidden.update(told_in(belief))
         elif op == "SUPPRESS":
             self.forgotten.update(ids)
             self.hidden.update(data["hide"])
             for id_ in ids:
                 self.beliefs[id_].status = "suppressed"
-                self.hidden.update(told_in(self.beliefs[id_]))
         elif op == "SLEEP":
             for kind, cls in KINDS.items():
                 for fields in data[kind]:
                     getattr(self, kind)[fields["id"]] = cls(**fields)
+        for id_ in self.forgotten.intersection(ids):  # asked to be forgotten, or told again after that
+            self.hidden.update(told_in(self.beliefs[id_]))
         self.has_news = op != "SLEEP"
         self.log.append(Event(op, list(ids), turn_id, data))
 
@@ -302,12 +302,12 @@ class Store:
         """Put a belief between its neighbours: all four links or none, and never a second head."""
         belief.slot = Slot(*belief.slot)  # JSON has lists
         belief.sources = list(belief.sources)  # its own, not the log's
-        # They must still be neighbours: two writers who read one head cannot both append to it.
-        ids = [None, *ids_of(self.trail(belief.slot)), None]
-        if (belief.prev, belief.next) not in zip(ids, ids[1:]) or belief.id in self.beliefs:
-            raise DcpmError(f"{belief.id} would fork the chain of {belief.slot}; read its head again")
         before = self.beliefs.get(belief.prev)
         after = self.beliefs.get(belief.next)
+        # Who stands before this place must still be `prev`: two writers who read one head cannot both append.
+        neighbour = after.prev if after else self.heads.get(belief.slot)
+        if belief.prev != neighbour or belief.id in self.beliefs:
+            raise DcpmError(f"{belief.id} would fork the chain of {belief.slot}; read its head again")
         if before:
             before.next = belief.id
             if before.status == "active":
@@ -345,8 +345,10 @@ class Store:
 
     def as_of(self, slot, t):
         """What held on day `t`: the last node of an event time not after it. None: unknown or forgotten."""
-        known = [b for b in self.trail(slot) if b.t_event[:10] <= t[:10]]
-        return known[-1] if known and known[-1].status != "suppressed" else None
+        for belief in reversed(self.trail(slot)):
+            if belief.t_event[:10] <= t[:10]:
+                return belief if belief.status != "suppressed" else None
+        return None
 
     def live(self, ids):
         """Those of these beliefs that hold now."""
@@ -433,16 +435,18 @@ Known, newest version last:
 New items:
 {items}"""
 
+
 def slot_of(store, claim):
     """The dimension a claim speaks about: single-valued attributes have one chain, others one per value."""
     if claim.slot:
         return claim.slot
+    slot = Slot(claim.subject, claim.attribute, None)
     attribute = claim.attribute
     member = key(claim.value)
     if claim.single:
-        head = store.head((claim.subject, attribute, None))
+        head = store.head(slot)
         if claim.polarity != -1 or (head and key(head.value) == member):
-            return Slot(claim.subject, attribute, None)
+            return slot
         attribute = "event"  # "I no longer live in Rome" does not end Paris
     if attribute == "event":  # a free fact: only the same sentence confirms it, none excludes it
         member = " ".join(re.findall(r"\w+", claim.text.lower()))
@@ -477,8 +481,8 @@ def decide(store, claim, slot):
     if claim.t_event >= head.t_event:
         if not same(head, claim):
             return "RETRACT" if claim.polarity < 1 else "SUPERSEDE", head, None
-        old_words = set(words(DATE.sub("", head.text)))
-        new_words = set(words(DATE.sub("", claim.text)))
+        old_words = set(key(head.text).split())
+        new_words = set(key(claim.text).split())
         return "REFINE" if old_words < new_words else "CONFIRM", head, None
     # Told late. Making it the head, as the authors' code does, would bring back the past as the present.
     after = next(b for b in store.trail(slot) if b.t_event > claim.t_event)
@@ -502,9 +506,9 @@ def write_claims(store, turn, claims):
                 continue  # said twice in one turn: a sentence cannot confirm itself
             id_ = before.id
             data = {"source": source}
-            # Told again with an earlier date: it was true since then, but not before its predecessor.
-            earliest = store.beliefs[before.prev].t_event if before.prev else ""
-            if earliest <= claim.t_event < before.t_event:
+            # Told again with an earlier date: it was true since then. `decide` saw that what stands before
+            # it is older still, unless it was to be forgotten.
+            if claim.t_event < before.t_event and before.status != "suppressed":
                 data["t_event"] = claim.t_event
         else:
             id_ = f"b{len(store.beliefs) + 1}"
@@ -568,16 +572,16 @@ def two_stage_dbscan(vectors, limits):
         sub = DBSCAN(eps=1 - limits.tight, min_samples=2, metric="cosine").fit_predict(rows)
         if sub.max() < 1:
             continue  # one heap stays one
-        means = [mean_row(rows[sub == i]) for i in range(sub.max() + 1)]
-        nearest = cosines(rows, np.stack(means)).argmax(1)                          # (inside,)
-        # leftovers join the nearest sub-cluster
+        means = mean_rows(rows[sub == i] for i in range(sub.max() + 1))             # (sub-clusters, d)
+        nearest = cosines(rows, means).argmax(1)                                    # (inside,)
+        # leftovers join the sub-cluster of the highest mean cosine
         labels[inside] = labels.max() + 1 + np.where(sub >= 0, sub, nearest)
     return labels
 
 
-def mean_row(vectors):
-    """(n, d), dense or sparse -> (d,)."""
-    return np.asarray(vectors.mean(0)).ravel()
+def mean_rows(groups):
+    """Groups of (n, d), dense or sparse -> (groups, d)."""
+    return np.stack([np.asarray(rows.mean(0)).ravel() for rows in groups])
 
 
 def clusters_of(memory, facts):
@@ -614,7 +618,7 @@ def plan_schemas(memory, now, schemas):
         known = [s for s in schemas.values() if s.subject == person]
         # single-valued attributes and plans show no habit
         slots = [s for s in memory.heads if s.subject == person and s.member and s.attribute != "plan"]
-        facts = list(filter(holds, map(memory.head, slots)))
+        facts = memory.live(map(memory.heads.get, slots))
         if not facts:
             continue
         clusters, noise = clusters_of(memory, facts)
@@ -635,7 +639,8 @@ def collisions(behaviour, content, domains, limits):
     # collide: cos(V_beh) > 0.70 and cos(V_con) < 0.60 and the domains differ (2.3)
     alike = cosines(behaviour, behaviour)                                           # (schemas, schemas)
     unlike = cosines(content, content)                                              # (schemas, schemas)
-    apart = np.array(domains)[:, None] != np.array(domains)                         # (schemas, schemas)
+    domains = np.array(domains)
+    apart = domains[:, None] != domains                                             # (schemas, schemas)
     return (alike > limits.alike) & (unlike < limits.unlike) & apart
 
 
@@ -656,8 +661,7 @@ def collision_groups(collide):
 def behaviour_vectors(memory, schemas):
     """V_beh of schemas -> (n, d): the direction of the mean over the sentences of each."""
     # as one text the longest sentence would decide
-    means = [mean_row(memory.vectors(s.behaviour.split("\n"))) for s in schemas]
-    return normalize(np.stack(means))
+    return normalize(mean_rows(memory.vectors(s.behaviour.split("\n")) for s in schemas))
 
 
 def best_match(cores, ids):
@@ -671,8 +675,7 @@ def plan_cores(memory, now, schemas, cores):
     """The sweep: collisions between the stable schemas of one person join a known core or become one."""
     for person in memory.people:
         stable = [s for _, s in sorted(schemas.items()) if s.subject == person and s.status == "stable"]
-        said = [list(map(memory.said, memory.live(schema.evidence))) for schema in stable]
-        for schema, behaviour in zip(stable, memory.backend.strip(stable, said)):
+        for schema, behaviour in zip(stable, memory.backend.strip(memory, stable)):
             schema.behaviour = behaviour
         stable = [s for s in stable if s.behaviour]
         if len(stable) < MIN_STABLE:
@@ -689,13 +692,12 @@ def plan_cores(memory, now, schemas, cores):
                     continue  # a null answer is allowed: no core
                 id_ = f"c{digest(person, text)}"
                 core = cores.setdefault(id_, Core(id_, person, "", text, now))
-            core.members += ids_of(members)
+            core.members = sorted({*core.members, *ids_of(members)})
 
 
 def recount_core(core, schemas):
     """Its evidence is the union of its members'; it is as sure as its second best domain."""
-    core.members = sorted(set(core.members))
-    members = [schemas[i] for i in core.members if i in schemas]
+    members = [schemas[i] for i in core.members]
     core.evidence = sorted(set().union(*(s.evidence for s in members)))
     best = {}  # domain -> confidence of its best stable member
     for schema in members:
@@ -713,8 +715,7 @@ def plan_intentions(store, now, intentions):
         if not belief.until or person not in store.people or belief.id in store.forgotten:
             continue
         id_ = f"i{digest(person, key(belief.value), belief.until)}"
-        new = Intention(id_, person, "", belief.value, now, until=belief.until)
-        item = intentions.setdefault(id_, new)
+        item = intentions.setdefault(id_, Intention(id_, person, "", belief.value, now, until=belief.until))
         item.evidence = sorted({*item.evidence, belief.id})
     for item in intentions.values():
         item.status = "expired" if item.until < now[:10] else "open"
@@ -722,41 +723,33 @@ def plan_intentions(store, now, intentions):
             item.status = "withdrawn"
 
 
-def withdraw(store, node):
-    """What cites a belief that was asked to be forgotten is gone: its text may give it away."""
-    if not store.forgotten.isdisjoint([*node.evidence, *node.against]):
-        node.status = "withdrawn"
-        node.confidence = 0.0
-        node.evidence = []
-        node.against = []
-
-
 def night(memory, now):
-    """System2, all or nothing: first the whole plan, then one event. Without a write it only recounts."""
+    """System2, all or nothing: first the whole plan, then one event. Without a write only plans lapse."""
     nodes = copy.deepcopy({kind: getattr(memory, kind) for kind in KINDS})
     live = {}
     for kind, found in nodes.items():
         for node in found.values():
-            withdraw(memory, node)
+            # What cites a belief that was asked to be forgotten is gone: its text may give it away.
+            if not memory.forgotten.isdisjoint(node.evidence):
+                node.status = "withdrawn"
+                node.evidence = []
         live[kind] = {i: node for i, node in found.items() if node.status != "withdrawn"}
     # The watermark: a model asked twice about the same facts may find other schemas, so it is asked once.
-    has_news = memory.has_news
-    if has_news:
+    if memory.has_news:
         plan_schemas(memory, now, live["schemas"])
-    for schema in live["schemas"].values():
-        recount(schema, memory)
-    if has_news:
+        for schema in live["schemas"].values():
+            recount(schema, memory)
         plan_cores(memory, now, live["schemas"], live["cores"])
-    for core in live["cores"].values():
-        recount_core(core, live["schemas"])
+        for core in live["cores"].values():
+            recount_core(core, live["schemas"])
     plan_intentions(memory, now, nodes["intentions"])  # all: a plan that was cancelled may come back
-    changes = {"now": now}
+    changes = {}
     for kind, found in nodes.items():
         found |= live[kind]
         before = getattr(memory, kind)
         changes[kind] = [asdict(found[i]) for i in sorted(found) if found[i] != before.get(i)]
-    if has_news or any(changes[kind] for kind in KINDS):
-        memory.commit("SLEEP", **changes)
+    if memory.has_news or any(changes.values()):
+        memory.commit("SLEEP", now=now, **changes)
 
 
 # ------------------------------------------------------------------ 2.4 reading: vectors and links, no model
@@ -786,8 +779,9 @@ class Index:
 
     def __init__(self, memory):
         self.events = len(memory.log)
-        self.ids = [*memory.turns, *memory.beliefs]
-        texts = texts_of([*memory.turns.values(), *memory.beliefs.values()])
+        records = memory.turns | memory.beliefs
+        self.ids = list(records)
+        texts = texts_of(records.values())
         self.words = memory.word_vectors(texts)                                     # (records, d)
         # idf(w) = 1 + ln((N + 1) / (n + 1)), n of N records have the word w
         self.idf = 1 + np.log((len(texts) + 1) / (self.words.getnnz(0) + 1))        # (d,)
@@ -815,8 +809,7 @@ def fuse(rankings):
     """Several scores of the records, each (records,) -> one, by the ranks alone; 0 is no rank."""
     fused = 0
     for scores in rankings:
-        order = np.argsort(-scores, kind="stable")                                  # (records,)
-        ranks = 1 + np.argsort(order)                                               # (records,)
+        ranks = rankdata(-scores, method="ordinal")                                 # (records,) 1 is the best
         # score(d) = sum over rankings of 1 / (k + rank(d)): Cormack et al. 2009
         fused = fused + np.where(scores > 0, 1 / (RRF_K + ranks), 0)
     return fused
@@ -832,6 +825,7 @@ def search(memory, question):
     # Names are no search words: in a dialogue it is mostly the *other* speaker who says one.
     names = set(words(" ".join(memory.people)))
     query = " ".join(w for w in question.split() if names.isdisjoint(words(w))) or question
+    # idf twice: once for the question's words, once for the records', whose rows have none
     rare = memory.word_vectors.embed([query]).multiply(index.idf ** 2)              # (1, d)
     by_words = (index.words @ normalize(rare).T).toarray()[:, 0]                    # (records,)
     scores = with_neighbours(by_words, index, LIMITS["words"].hit)
@@ -884,12 +878,12 @@ def chain_line(store, slot):
         return Line(last.id, "fact", f"{last.t_event[:10]} {slot.subject}: {last.text}", last.t_event)
     steps = []
     for belief in chain:
-        text = belief.text if belief.link_kind == "refine" else belief.value or "none"
+        step = belief.text if belief.link_kind == "refine" else belief.value or "none"
         if belief.polarity < 1 and belief.value:
-            text = f"no longer {text}"
+            step = f"no longer {step}"
         # Where the present was to be forgotten, what is left is the past and is not called current.
         mark = ", current" if belief.status == "active" else ""
-        steps.append(f"{text} ({belief.t_event[:10]}{mark})")
+        steps.append(f"{step} ({belief.t_event[:10]}{mark})")
     return Line(last.id, "fact", f"{slot.subject} {slot.attribute}: {' → '.join(steps)}", last.t_event)
 
 
@@ -948,15 +942,13 @@ class Memory(Store):
 
     def ingest(self, turns):
         """[(text, t, session, speaker)] -> [[(op, id)]]. All turns are extracted in one batch."""
-        turns = list(turns)
-        for _, t, *_ in turns:
-            if str(day_of(t)) != t[:10]:  # dates are compared as strings
-                raise DcpmError(f"{t!r} does not start with a date like 2024-05-01")
         kept = []
         for text, t, session, speaker in turns:
-            turn = Turn(f"t{len(self.turns) + 1}", session, speaker, text, t)
+            if str(day_of(t)) != t[:10]:  # dates are compared as strings
+                raise DcpmError(f"{t!r} does not start with a date like 2024-05-01")
+            kept.append(Turn(f"t{len(self.turns) + len(kept) + 1}", session, speaker, text, t))
+        for turn in kept:
             self.commit("RAW", turn=turn)
-            kept.append(turn)
         out = []
         for turn, (claims, forget) in zip(kept, self.backend.extract(self, kept)):
             if claims is None:  # the turn is kept, the failure is on record, a plain request is honoured
@@ -971,7 +963,8 @@ class Memory(Store):
         return out
 
     def forget(self, what, turn=""):
-        """Suppress beliefs and hide the turns that say them; nothing is deleted. -> ids."""
+        """Suppress beliefs and hide the turns that say them; nothing is deleted. -> ids. A belief about
+        something else that mentions it stays, and has to be named."""
         speaker = self.turns[turn].speaker if turn else [*self.people, "user"][0]
         ids = self.backend.forgets(self, what, speaker)
         ids = sorted(set(ids) - self.forgotten)
@@ -1006,7 +999,7 @@ class Memory(Store):
                     left -= cost
 
         def state_order(line):  # cores (c...), schemas (s...), then everything by time
-            return "" if line.channel == "schema" else line.t, line.id
+            return "" if line.channel == "schema" else line.t, len(line.id), line.id
         lines = sorted(chosen.values(), key=state_order)
         return Recall(lines, "\n".join(map(str, lines)), ids_of(lines))
 
@@ -1055,7 +1048,7 @@ class Backend:
         forgets(memory, phrase, who)  -> ids of the beliefs that `who` means by a request to forget
         asks_for(memory, question)    -> [(subject, attribute)] of the chains asked for; [] = search alone
         induce(memory, clusters, noise, known)  -> drafts of schemas, from clustered facts and the rest
-        strip(schemas, said)          -> their behaviour without nouns of the domain; said: what was told
+        strip(memory, schemas)        -> the behaviour of each, without the nouns of its domain
         name_core(members)            -> one sentence that explains these schemas, or None
         answer(memory, question, now) -> (text, ids that it rests on)
     """
@@ -1105,9 +1098,9 @@ def read_table(table):
 ATTRIBUTES = read_table(TABLE)
 
 
-def placed(claim, speaker, words_said, t):
+def placed(claim, speaker, t_event, until):
     """A claim with its dates, and what follows from its attribute and from who tells it."""
-    claim.t_event, until = read_date(words_said, t)
+    claim.t_event = t_event
     claim.until = until if claim.attribute == "plan" else ""
     claim.single = claim.attribute in ATTRIBUTES and ATTRIBUTES[claim.attribute].single
     claim.reliability = 0.9 if claim.subject == speaker else 0.4
@@ -1138,7 +1131,7 @@ class LLM(Backend):
     def extract(self, memory, turns):
         asked = [turn for turn in turns if turn.speaker != "assistant" and words(statements(turn))]
         prompts = [extract_prompt(memory, turn) for turn in asked]
-        checks = [functools.partial(read_claims, turn) for turn in asked]
+        checks = [functools.partial(read_claims, memory, turn) for turn in asked]
         replies = dict(zip(asked, self.ask("extract", prompts, checks)))
         return [replies.get(turn, ([], [])) or (None, []) for turn in turns]
 
@@ -1163,33 +1156,33 @@ class LLM(Backend):
             if op == "REFINE":
                 claim.text = f"{head.text}; {claim.text}"
 
-    def forgets(self, memory, phrase, who="user"):
+    def forgets(self, memory, phrase, who):
         return memory.containing(phrase)
 
     def asks_for(self, memory, question):
         return []  # reading asks no model: the profile's share and the search must do
 
     def induce(self, memory, clusters, noise, known):
-        """Every cluster with a fact that no schema cites yet, and the facts in no cluster, in portions."""
+        """By portions of 30: each cluster, and the facts in none, where no schema cites them all yet."""
         cited = set().union(*(s.evidence + s.against for s in known))
-        groups = [cluster[:30] for cluster in clusters]
-        groups += [noise[i:i + 30] for i in range(0, len(noise), 30)]
         prompts = []
         checks = []
-        for group in groups:
-            ids = set(ids_of(group))
-            if len(group) < 3 or ids <= cited:
-                continue
-            facts = [f"[{b.id}] {b.t_event[:10]} {memory.said(b)}" for b in group]
-            prompt = INDUCE.format(person=group[0].slot.subject, facts="\n".join(facts))
-            if known:
-                prompt += KNOWN.format(known="\n".join(f"[{s.id}] {s.domain}: {s.text}" for s in known))
-            prompts.append(prompt)
-            checks.append(functools.partial(read_drafts, ids, {None, *ids_of(known)}))
+        for facts in (*clusters, noise):
+            for start in range(0, len(facts), 30):
+                group = facts[start:start + 30]
+                ids = set(ids_of(group))
+                if len(group) < 3 or ids <= cited:
+                    continue
+                lines = [f"[{b.id}] {b.t_event[:10]} {memory.said(b)}" for b in group]
+                prompt = INDUCE.format(person=group[0].slot.subject, facts="\n".join(lines))
+                if known:
+                    prompt += KNOWN.format(known="\n".join(f"[{s.id}] {s.domain}: {s.text}" for s in known))
+                prompts.append(prompt)
+                checks.append(functools.partial(read_drafts, ids, {None, *ids_of(known)}))
         replies = self.ask("induce", prompts, checks)
         return sum(filter(None, replies), [])
 
-    def strip(self, schemas, said):
+    def strip(self, memory, schemas):
         """A schema's text never changes, so it is asked for once."""
         new = [s for s in schemas if not s.behaviour]
         prompts = [STRIP.format(text=text) for text in texts_of(new)]
@@ -1225,9 +1218,10 @@ def extract_prompt(memory, turn):
                           attributes=attributes)
 
 
-def read_claims(turn, data):
+def read_claims(memory, turn, data):
     """The reply to EXTRACT -> (claims, what to forget). A quote that is not in the message is invented."""
     claims = []
+    people = {person.lower(): person for person in memory.people}
     for fields in data["claims"]:
         value = str(fields["value"])
         polarity = fields.get("polarity", 1)
@@ -1237,13 +1231,14 @@ def read_claims(turn, data):
         if not quote or not found or not key(value) or polarity not in (1, 0, -1):
             continue
         subject = str(fields.get("subject") or turn.speaker).lower().removeprefix("the ")
-        if subject in ("user", "i", "me", turn.speaker.lower()):
+        if subject in ("user", "i", "me"):
             subject = turn.speaker
-        until = read_date(found[0], turn.t)[1]
+        subject = people.get(subject, subject)  # as the store writes the name
+        t_event, until = read_date(found[0], turn.t)
         if attribute not in ATTRIBUTES or (attribute == "plan" and not until):
             attribute = "event"  # a plan without an end is none
         claim = Claim(attribute, value, str(fields["text"]), found.span(), subject, polarity)
-        claims.append(placed(claim, turn.speaker, found[0], turn.t))
+        claims.append(placed(claim, turn.speaker, t_event, until))
     return claims, list(filter(words, map(str, data.get("forget") or [])))
 
 
@@ -1270,7 +1265,8 @@ def read_operations(shown, count, data):
         op = fields["op"]
         if id_ not in shown or not 0 <= item < count or op not in ("CONFIRM", "REFINE", "SUPERSEDE"):
             raise ValueError("it names an item, an op or an id that was not offered")
-        operations.setdefault(id_, (item, op))
+        if item not in dict(operations.values()):
+            operations.setdefault(id_, (item, op))
     return operations
 
 
@@ -1287,7 +1283,7 @@ def read_drafts(shown, known, data):
             raise ValueError("all ids must be among those shown: facts, or known regularities")
         if not domain or not text:
             raise ValueError("domain and text must not be empty")
-        drafts.append(Draft(str(domain).lower(), str(text), sorted(evidence), sorted(against), *links))
+        drafts.append(Draft(str(domain).lower(), str(text), evidence, against, *links))
     return drafts
 
 
@@ -1405,8 +1401,8 @@ def features(text, weight):
 
 def hashed(weight):
     """-> embed(texts) -> (n, 32768) sparse unit rows; no model, no download."""
-    analyzer = functools.partial(features, weight=weight)
-    return HashingVectorizer(analyzer=analyzer, n_features=2 ** 15, alternate_sign=False,
+    return HashingVectorizer(analyzer=functools.partial(features, weight=weight),
+                             n_features=2 ** 15, alternate_sign=False,
                              dtype=np.float32).transform
 
 
@@ -1443,8 +1439,9 @@ def read_rules(turn):
         elif words(clause) and not is_question:
             claim = read_clause(clause, turn.speaker, turn.t)
             if claim:
-                claim.span = (start, start + len(clause))
-                claim.text = turn.text[start:start + len(clause)]
+                end = start + len(clause)
+                claim.span = (start, end)
+                claim.text = turn.text[start:end]
                 claims.append(claim)
     return claims, forget
 
@@ -1462,24 +1459,23 @@ def clauses(text):
 
 def read_clause(clause, me, t):
     """One clause -> Claim, or None: no subject that we know, a hedge or a hypothesis."""
-    full = clause
     for short, long in SHORT.items():
-        full = full.replace(short, long)
-    if UNSURE.search(full):
+        clause = clause.replace(short, long)
+    if UNSURE.search(clause):
         return None
-    t_event, until = read_date(full, t)
+    t_event, until = read_date(clause, t)
     for opening, pronoun in ((OWNER, "my"), (SUBJECT, "I")):
-        match = opening.match(full)
+        match = opening.match(clause)
         claim = match and read_frame(f"{pronoun} {match['rest']}", match["lead"], t_event != t, until)
         if claim:
             break
     if not match:
         return None
-    claim = claim or Claim("event", full)  # no frame fits: the whole clause, with its "not"
+    claim = claim or Claim("event", clause)  # no frame fits: the whole clause, with its "not"
     claim.subject = me
     if match["who"]:
         claim.subject = match["who"] if me == "user" else f"{me}'s {match['who']}"
-    return placed(claim, me, full, t)
+    return placed(claim, me, t_event, until)
 
 
 def read_frame(said, lead, is_past, until):
@@ -1507,8 +1503,8 @@ def without_not(said):
 
 
 def tidy(value):
-    """Cut what is not the value: dates, reasons, qualifiers, articles."""
-    value = re.split(r",| because | so that | mostly ", DATE.split(value)[0])[0].strip(" .!,")
+    """Cut what is not the value: reasons, qualifiers, articles."""
+    value = re.split(r",| because | so that | mostly ", value)[0].strip(" .!,")
     return re.sub(r"^(?:the|an?|my|some) ", "", re.sub(r" (?:anymore|again|too|now|on|in)$", "", value))
 
 
@@ -1526,7 +1522,7 @@ class Rules(Backend):
     def reconcile(self, memory, claims):
         """Nothing to do: a frame names its slot."""
 
-    def forgets(self, memory, phrase, who="user"):
+    def forgets(self, memory, phrase, who):
         """As a claim ("I live in Paris") it names a slot and a value; else all its content words count."""
         today = max((turn.t for turn in memory.turns.values()), default="2000-01-01")
         claim = read_clause(phrase, who, today)
@@ -1557,12 +1553,11 @@ class Rules(Backend):
             evidence = {*ids_of(cluster)} - {*against}
             yield Draft(domain, text, evidence, against, replaces=ids.get(reverse))
 
-    def strip(self, schemas, said):
+    def strip(self, memory, schemas):
         """The cluster's own sentences without the nouns of their domain: V_beh is made of real words."""
-        behaviours = []
-        for schema, texts in zip(schemas, said):
-            behaviours.append("\n".join(without_nouns(text, schema.domain) for text in texts))
-        return behaviours
+        for schema in schemas:
+            texts = map(memory.said, memory.live(schema.evidence))
+            yield "\n".join(without_nouns(text, schema.domain) for text in texts)
 
     def name_core(self, members):
         gloss = most_common(s.text.split(", ", 1)[1] for s in members)
@@ -1609,7 +1604,7 @@ def tell_story(memory):
     for question in ("Where do I live?", "Do I like coffee?", "Where does my sister live?", "Migraines?"):
         print(f"   {question:27} {memory.answer(question, now)[0]}")
     print("\n3. By night facts become schemas, and schemas alike in behaviour, not in content, a core.\n")
-    for node in [*memory.schemas.values(), *memory.cores.values()]:
+    for node in (memory.schemas | memory.cores).values():
         figures = f"{node.status}, {node.confidence:.2f}, {len(node.evidence)} beliefs"
         print(f"   [{node.id}] {node.text} ({figures})")
     question = "How should I get ready for my first aquarium?"

@@ -157,6 +157,14 @@ def test_14_as_of():
     assert at[0] is None and [b.value for b in at[1:]] == ["Paris", "Berlin"]
 
 
+def test_a_day_is_recalled_in_the_order_of_its_turns():
+    memory = Memory()
+    for i in range(12):
+        memory.observe("Is the zoo open?" if i in (1, 11) else "Is it open?", "2024-05-01", "one session")
+    ids = memory.recall("the zoo", "2024-05-02").ids
+    assert ids == sorted(ids, key=lambda id_: int(id_[1:])) and {"t2", "t12"} <= {*ids}
+
+
 def test_15_what_is_to_be_forgotten_is_kept_and_never_shown():
     memory = tell("I have migraines.", "I live in Paris.", "Please forget that I have migraines.",
                   "I have migraines.")
@@ -578,7 +586,7 @@ def test_a_backend_of_eight_jobs_is_enough():
         def induce(self, memory, clusters, noise, known):
             return []
 
-        def strip(self, schemas, said):
+        def strip(self, memory, schemas):
             return []
 
         def answer(self, memory, question, now):

@@ -162,6 +162,21 @@ def test_the_reconciler_is_shown_whole_chains_and_one_operation_a_node_counts():
     assert sorted(len(memory.trail(slot)) for slot in memory.heads) == [1, 4] and check(memory) == []
 
 
+def test_an_item_goes_to_one_chain():
+    shown = dict.fromkeys(("b1", "b2"))
+    both = [{"item": 0, "op": "REFINE", "id": "b1"}, {"item": 0, "op": "SUPERSEDE", "id": "b2"}]
+    assert dcpm.read_operations(shown, 1, {"operations": both}) == {"b1": (0, "REFINE")}
+
+
+def test_who_is_spoken_of_has_one_name():
+    memory = Memory(LLM(Script(extract=[
+        claims(("residence", "Paris", "I live in Paris", {"subject": "user"})),
+        claims(("residence", "Rome", "Ann moved to Rome", {"subject": "ann"}))])))
+    memory.observe("I live in Paris.", "2024-05-01", "s1", speaker="Ann")
+    memory.observe("Ann moved to Rome.", "2024-05-02", "s2", speaker="Bo")
+    assert [slot.subject for slot in memory.heads] == ["Ann"]
+
+
 def test_single_slots_are_not_offered_to_the_reconciler():
     chat = Script(extract=[claims(("residence", "Paris", "I live in Paris")),
                            claims(("event", "living", "I live in Paris by the river"))])
@@ -324,6 +339,17 @@ def test_the_night_reads_what_was_said_and_not_the_models_version():
         return found
     memory, _ = night(extract=bland)
     assert len(memory.schemas) == 5 and len(memory.cores) == 1
+
+
+def test_a_large_cluster_is_shown_in_portions():
+    chat = Script(extract=read, induce=[{"schemas": []}])
+    memory = tell(chat, *(f"I did thing {word}." for word in map("x{}y".format, range(28))))
+    facts = list(memory.beliefs.values())
+    known = dcpm.Schema("s1", "user", "kitchen", "t", "2024-05-01", evidence=[b.id for b in facts[:20]])
+    with_more = [*facts[:20] * 2, *facts[20:]]  # the first 30 are all cited
+    memory.backend.induce(memory, [with_more], [], [known])
+    (prompt,) = chat.prompts("induce")
+    assert facts[-1].id in prompt
 
 
 def test_a_second_night_asks_nothing_even_if_the_model_would_find_more():

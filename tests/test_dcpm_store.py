@@ -283,7 +283,7 @@ class Toy(dcpm.Rules):
             yield Draft(domain, f"{domain} text", [b.id for b in of if " not " not in b.text],
                         [b.id for b in of if " not " in b.text])
 
-    def strip(self, schemas, said):
+    def strip(self, memory, schemas):
         return [self.behaviour[s.domain] for s in schemas]
 
     def name_core(self, members):

@@ -250,7 +250,7 @@ MECHANISMS = {  # name -> what replaces what
     "clustering -> all noise": (dcpm, "two_stage_dbscan", lambda v, limits: np.full(v.shape[0], -1)),
     "sweep -> no pair": (dcpm, "collisions", lambda b, c, domains, limits: np.eye(len(domains)) < 0),
     "sweep -> every pair": (dcpm, "collisions", lambda b, c, domains, limits: np.eye(len(domains)) == 0),
-    "strip -> identity": (dcpm.Rules, "strip", lambda self, schemas, said: [s.text for s in schemas])}
+    "strip -> identity": (dcpm.Rules, "strip", lambda self, memory, schemas: [s.text for s in schemas])}
 READERS = {"System1": ("schemas", "cores"), "no sweep": ("cores",), "full": ()}  # what each does not see
 
 

@@ -21,7 +21,7 @@ import dcpm
 TESTS = ("test_dcpm.py", "test_dcpm_llm.py", "test_dcpm_store.py", "-k", "not histories")  # those are slow
 
 
-def schema_texts(backend, schemas, *said):
+def schema_texts(backend, memory, schemas):
     return [s.text for s in schemas]
 
 
