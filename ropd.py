@@ -1,6 +1,6 @@
 """ROPD: on-policy distillation from a teacher's text alone, by way of rubrics (arXiv 2605.07396).
 
-    python ropd.py                              the whole experiment on a tiny Qwen3, CPU, about two minutes
+    python ropd.py                              the whole experiment on a tiny Qwen3, CPU, about four minutes
     python ropd.py --compare                    every method from the same start on three seeds, one table
     python ropd.py --explain                    one group before training: answers, rubric, verdicts, rewards
     python ropd.py --model Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --judge Qwen/Qwen3-4B \\
