@@ -1363,8 +1363,8 @@ def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, *, 
 def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, timeout: float = 60.0,
              retries: int = 4) -> Callable:
     """`chat_backend` for a server, 8 requests at once. A request that fails is repeated after 1, 2, 4, 8 s,
-    but for one that the server refuses (4xx). The first request is made here: a wrong address, key, model or
-    flag must show before any work is done."""
+    but for one that the server refuses (4xx, save 408 and 429). The first request is made here: a wrong
+    address, key, model or flag must show before any work is done."""
     # The key is explicit: without one the client would send this machine's Hugging Face token to the URL.
     key = os.environ.get("OPENAI_API_KEY") or "EMPTY"
     client = InferenceClient(base_url=url, api_key=key, timeout=timeout)

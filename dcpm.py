@@ -998,7 +998,7 @@ class Memory(Store):
                     chosen[line.id] = line
                     left -= cost
 
-        def state_order(line):  # cores (c...), schemas (s...), then everything by time
+        def state_order(line):  # cores (c...), schemas (s...), then everything by time, t2 before t10
             return "" if line.channel == "schema" else line.t, len(line.id), line.id
         lines = sorted(chosen.values(), key=state_order)
         return Recall(lines, "\n".join(map(str, lines)), ids_of(lines))
@@ -1163,22 +1163,23 @@ class LLM(Backend):
         return []  # reading asks no model: the profile's share and the search must do
 
     def induce(self, memory, clusters, noise, known):
-        """By portions of 30: each cluster, and the facts in none, where no schema cites them all yet."""
+        """Each cluster, and the facts in none, by portions of 30 with a fact that no schema cites yet."""
         cited = set().union(*(s.evidence + s.against for s in known))
+        groups = []
+        for facts in (*clusters, noise):
+            groups += [facts[i:i + 30] for i in range(0, len(facts), 30)]
         prompts = []
         checks = []
-        for facts in (*clusters, noise):
-            for start in range(0, len(facts), 30):
-                group = facts[start:start + 30]
-                ids = set(ids_of(group))
-                if len(group) < 3 or ids <= cited:
-                    continue
-                lines = [f"[{b.id}] {b.t_event[:10]} {memory.said(b)}" for b in group]
-                prompt = INDUCE.format(person=group[0].slot.subject, facts="\n".join(lines))
-                if known:
-                    prompt += KNOWN.format(known="\n".join(f"[{s.id}] {s.domain}: {s.text}" for s in known))
-                prompts.append(prompt)
-                checks.append(functools.partial(read_drafts, ids, {None, *ids_of(known)}))
+        for group in groups:
+            ids = set(ids_of(group))
+            if len(group) < 3 or ids <= cited:
+                continue
+            facts = [f"[{b.id}] {b.t_event[:10]} {memory.said(b)}" for b in group]
+            prompt = INDUCE.format(person=group[0].slot.subject, facts="\n".join(facts))
+            if known:
+                prompt += KNOWN.format(known="\n".join(f"[{s.id}] {s.domain}: {s.text}" for s in known))
+            prompts.append(prompt)
+            checks.append(functools.partial(read_drafts, ids, {None, *ids_of(known)}))
         replies = self.ask("induce", prompts, checks)
         return sum(filter(None, replies), [])
 
@@ -1265,7 +1266,7 @@ def read_operations(shown, count, data):
         op = fields["op"]
         if id_ not in shown or not 0 <= item < count or op not in ("CONFIRM", "REFINE", "SUPERSEDE"):
             raise ValueError("it names an item, an op or an id that was not offered")
-        if item not in dict(operations.values()):
+        if item not in [taken for taken, _ in operations.values()]:  # an item goes to one chain
             operations.setdefault(id_, (item, op))
     return operations
 

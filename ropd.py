@@ -85,6 +85,11 @@ class Method(NamedTuple):
     contrast: bool = True  # the rubricator sees the student's rollouts, too
     points: bool = True    # its points count; without: every criterion counts 1
 
+    @property
+    def imitates(self) -> bool:
+        """No reward at all: sft."""
+        return self.teacher and not self.judge
+
 
 METHODS = {
     "ropd": Method(),
@@ -673,7 +678,7 @@ def train(config: Config) -> dict:
         tasks = rng.sample(train_tasks, config.prompts_per_step)
         # 1. Eq. 1: y_j ~ teacher(. | x), j = 1..m;     y_i ~ student(. | x), i = 1..n
         answers = teacher_answers(teacher, tasks, config.teacher_answers) if teacher else []
-        if method.teacher and not method.judge:  # sft
+        if method.imitates:
             norm = sft_update(student, tok, optimizer, tasks, answers, config, step)
             run.step(step + 1, started, {"teacher answers": sum(map(len, answers)), "grad": norm})
             run.end_step(step + 1, measure)
@@ -815,7 +820,7 @@ def main(argv=None) -> None:
     if config.compare and config.method != "ropd":
         common.fail("--compare runs every method; leave --method out")
     method = METHODS[config.method]
-    useful = {"explain": method.judge, "std": (method.judge or not method.teacher) and not config.compare,
+    useful = {"explain": method.judge, "std": not method.imitates and not config.compare,
               "judge_model": method.judge and config.judge.startswith("http"),
               "teacher_model": method.teacher and config.teacher.startswith("http")}
     for flag, changes_something in useful.items():

@@ -532,6 +532,14 @@ def test_compare_and_explain(tiny, tmp_path, capsys):
     assert "advantage of a rollout" in capsys.readouterr().out
 
 
+def test_a_local_judge_of_a_tiny_student_may_use_the_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ropd, "chat_backend", lambda *names, **flags: asked.append(flags["device"]))
+    for flags in ([], ["--device", "cpu"]):
+        ropd.connect(common.parse(ropd.Config, ["--judge", "a/model", *flags]), "judge")
+    assert asked == ["", "cpu"]  # "": chat_backend's own choice
+
+
 def test_a_new_method_is_one_row(monkeypatch, refused):
     monkeypatch.setitem(ropd.METHODS, "no_contrast", ropd.Method(contrast=False))
     assert common.parse(ropd.Config, ["--method", "no_contrast"]).method == "no_contrast"

@@ -326,7 +326,8 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, refused):
     common.tiny_model(other, 0).save_pretrained(folder)
     other.save_pretrained(folder)
     for flags, word in ((["--teacher", folder], "different tokenizers"),
-                        (["--compare", "--methods", "ppo"], "no 'ppo'"), (["--method", "ppo"], "invalid choice"),
+                        (["--compare", "--methods", "ppo"], "no 'ppo'"),
+                        (["--method", "ppo"], "invalid choice"),
                         (["--model", folder], "different tokenizers"), (["--timeout_rate", "-1"], "timeout"),
                         (["--explain", "--compare"], "--explain and --compare")):
         assert word in refused(sod.main, [*flags, "--out", str(tmp_path / "run"), *SMALL])

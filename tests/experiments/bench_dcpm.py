@@ -1,6 +1,6 @@
 """The miniature benchmark of dcpm.py: what a night is worth, on people who never name their habits.
 
-    python tests/experiments/bench_dcpm.py                   two banks of phrases, then what each mechanism is worth
+    python tests/experiments/bench_dcpm.py                   two banks of phrases, then the mechanisms
     python tests/experiments/bench_dcpm.py --schema_lines 2  with half the room for schemas
     python tests/experiments/bench_dcpm.py --mechanisms      only the mechanisms, with all --personas
     python tests/experiments/bench_dcpm.py --heldout         the bank nobody tunes on; the result is logged

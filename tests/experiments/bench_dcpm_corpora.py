@@ -1,8 +1,8 @@
 """dcpm.py on LoCoMo, LongMemEval, PersonaMem and LoCoMo-Plus: evidence recall, and with a model answers.
 
-    python tests/experiments/bench_dcpm_corpora.py --data locomo10.json [--sample conv-26] [--sessions 5] [--encoder DIR]
+    python tests/experiments/bench_dcpm_corpora.py --data locomo10.json --sample conv-26 [--encoder DIR]
     python tests/experiments/bench_dcpm_corpora.py --data contexts.jsonl --model DIR --ask 9 --conditions
-    python tests/experiments/bench_dcpm_corpora.py --data locomo_plus.json --into locomo10.json [--encoder DIR]
+    python tests/experiments/bench_dcpm_corpora.py --data locomo_plus.json --into locomo10.json
 
 The format is detected. Recall is the share of a question's evidence turns among the first 5, 10 and 20.
 LoCoMo-Plus puts a short dialogue, the cue, into a conversation and asks for it later by a remark that shares

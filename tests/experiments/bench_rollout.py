@@ -1,9 +1,9 @@
-"""By hand: `common.rollout` beside the loop it replaced, which fed every row column by column, and `generate`.
+"""By hand: `common.rollout`, the loop it replaced, which fed every row column by column, and `generate`.
 
     python tests/experiments/bench_rollout.py [--repeats 7]
 
-One process, one thread, alternating; medians of CPU seconds. 64 rollouts of tiny students of `sod.py`, one for each
-length of the tool's answers and fitted on such answers (minutes, cached). The last line is JSON.
+One process, one thread, alternating; medians of CPU seconds. 64 rollouts of tiny students of `sod.py`, one
+for each length of the tool's answers and fitted on such answers (minutes, cached). The last line is JSON.
 """
 import argparse
 import dataclasses
@@ -48,7 +48,8 @@ def positions(attention_mask):
 @torch.no_grad()
 def column_rollout(model, tok, tasks, group_size, *, tool=None, max_new_tokens, max_turns=8, temperature=1.0,
                    generator=None, passes=None):
-    """-> the ids of each row and how many were sampled. All rows share a column; a tool's answer takes one a token."""
+    """-> the ids of each row and how many were sampled. All rows share a column; a tool's answer takes one a
+    token."""
     end = common.end_of_turn(tok)
     new, seen = left_padded([common.prompt_ids(tok, task.messages, tool) for task in tasks], tok.pad_token_id)
     start = new.shape[1]
@@ -104,7 +105,7 @@ def column_rollout(model, tok, tasks, group_size, *, tool=None, max_new_tokens, 
     return ids, sampled
 
 
-# --------------------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------- what is measured
 def long_answers(spaces: int) -> common.Tool:
     """The calculator, with so many spaces behind its answer: one token each."""
     def run(arguments):
@@ -136,8 +137,9 @@ def generated(model, tok, tasks, group_size, *, max_new_tokens, generator, passe
     new, seen = left_padded([common.prompt_ids(tok, task.messages) for task in tasks], tok.pad_token_id)
     new, seen = new.repeat_interleave(group_size, 0), seen.repeat_interleave(group_size, 0)
     torch.manual_seed(generator.initial_seed())
-    out = model.generate(input_ids=new, attention_mask=seen, do_sample=True, top_k=0, max_new_tokens=max_new_tokens,
-                         eos_token_id=common.end_of_turn(tok), pad_token_id=tok.pad_token_id,
+    out = model.generate(input_ids=new, attention_mask=seen, do_sample=True, top_k=0,
+                         max_new_tokens=max_new_tokens, eos_token_id=common.end_of_turn(tok),
+                         pad_token_id=tok.pad_token_id,
                          cache_implementation=None if cache == "dynamic" else cache)
     rows = out[:, new.shape[1]:]
     lengths = (rows == common.end_of_turn(tok)).float().argmax(1) + 1
@@ -170,7 +172,8 @@ def main() -> None:
     for spaces, budget in ((0, 160), (15, 320), (60, 640)):
         tool = long_answers(spaces)
         model = fitted_student(tok, tool, spaces)
-        greedy = [way(model, tok, tasks, 2, tool=tool, max_new_tokens=budget, temperature=0.0)[0] for way in ways.values()]
+        flags = {"tool": tool, "max_new_tokens": budget, "temperature": 0.0}
+        greedy = [way(model, tok, tasks, 2, **flags)[0] for way in ways.values()]
         assert greedy[0] == greedy[1], "greedy ids differ"
         results[f"answers of {spaces + 3} tokens"] = measure(ways, repeats, model, tok, tasks, tool=tool,
                                                              max_new_tokens=budget)
@@ -180,7 +183,8 @@ def main() -> None:
     for case, figures in results.items():
         before = figures["column by column"][0]
         for name, (seconds, passes, sampled) in figures.items():
-            rows.append([case, name, passes or "-", seconds, f"{seconds / before:.2f}", sampled, round(sampled / seconds)])
+            rows.append([case, name, passes or "-", seconds, f"{seconds / before:.2f}", sampled,
+                         round(sampled / seconds)])
     print(common.table(rows, ["", "", "passes", "CPU s", "of before", "sampled tokens", "tokens a CPU s"]))
     print(json.dumps(results))
 

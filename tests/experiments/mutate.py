@@ -1,9 +1,9 @@
 """By hand: does the suite notice an error in a training script, or in the rollouts?
 
-    python tests/experiments/mutate.py SCRIPT [WORD ...]      sod, srpo, ropd or rollout; only mutations with a WORD in their name
+    python tests/experiments/mutate.py SCRIPT [WORD ...]      sod, srpo, ropd or rollout; WORDs: of names
 
-Each mutation replaces text in a copy of the sources, and quick tests run on it until one fails, which is printed. Exit code 1 if one
-goes unnoticed. Ten to twenty minutes a script.
+Each mutation replaces text in a copy of the sources, and quick tests run on it until one fails, which is
+printed. Exit code 1 if one goes unnoticed. Ten to twenty minutes a script.
 """
 import os
 import re
@@ -189,35 +189,53 @@ ROPD = {
 
 ROLLOUT = {
     "a token sees the one behind it": ("mask = column <= here ", "mask = column <= here + 1 "),
-    "the window is one too wide": ("column > here - config.sliding_window", "column >= here - config.sliding_window"),
+    "the window is one too wide": ("column > here - config.sliding_window",
+                                   "column >= here - config.sliding_window"),
     "places are off by one": ("place = start + torch.arange", "place = start + 1 + torch.arange"),
-    "keys of other rows": ("stored[:, numbers[:, None], :, place]", "stored[:, numbers.flip(0)[:, None], :, place]"),
+    "keys of other rows": ("stored[:, numbers[:, None], :, place]",
+                           "stored[:, numbers.flip(0)[:, None], :, place]"),
     "rows that leave are the wrong ones": ("cache.select(alive)", "cache.select(range(len(alive)))"),
     "a waiting row samples": ("if row.done or row.in_cache < len(row.ids):", "if row.done:"),
-    "the tool's message is trained": ("        for start, end in row.turns:\n            mask[i, start:end] = 1", "        mask[i, row.turns[0][0]:row.turns[-1][1]] = 1"),
-    "the end of a turn is not trained": ("row.turns.append((row.turn_start, len(row.ids)))", "row.turns.append((row.turn_start, len(row.ids) - 1))"),
-    "a message may fill the budget": ("row.done = len(row.ids) + len(message) >= row.limit", "row.done = False"),
-    "the last call runs": ("row.done = call is None or len(row.status) >= max_turns", "row.done = call is None"),
-    "the prompt goes to the wrong group": ("np.repeat(range(len(groups)), [len(group) for group in groups])", "np.resize(range(len(groups)), len(rows))"),
-    "temperature is ignored": ("torch.log_softmax(logits / (temperature or 1.0), -1)", "torch.log_softmax(logits, -1)"),
-    "the first token is never drawn": ("u * below[:, -1:], right=True", "u * below[:, -1:] + below[:, :1], right=True"),
-    "a value is read in the write pass": ("here = place[:, None, :, None]", "assert place.max() < self.length\n        here = place[:, None, :, None]"),
+    "the tool's message is trained": (
+        "        for start, end in row.turns:\n            mask[i, start:end] = 1",
+        "        mask[i, row.turns[0][0]:row.turns[-1][1]] = 1"),
+    "the end of a turn is not trained": ("row.turns.append((row.turn_start, len(row.ids)))",
+                                         "row.turns.append((row.turn_start, len(row.ids) - 1))"),
+    "a message may fill the budget": ("row.done = len(row.ids) + len(message) >= row.limit",
+                                      "row.done = False"),
+    "the last call runs": ("row.done = call is None or len(row.status) >= max_turns",
+                           "row.done = call is None"),
+    "the prompt goes to the wrong group": ("np.repeat(range(len(groups)), [len(group) for group in groups])",
+                                           "np.resize(range(len(groups)), len(rows))"),
+    "temperature is ignored": ("torch.log_softmax(logits / (temperature or 1.0), -1)",
+                               "torch.log_softmax(logits, -1)"),
+    "the first token is never drawn": ("u * below[:, -1:], right=True",
+                                       "u * below[:, -1:] + below[:, :1], right=True"),
+    "a value is read in the write pass": (
+        "here = place[:, None, :, None]",
+        "assert place.max() < self.length\n        here = place[:, None, :, None]"),
     "the inputs move": ("self.inputs.copy_(new)", "self.inputs = new.clone()"),
     "the bf16 copy is not refreshed": ("        ours.copy_(theirs)", "        pass"),
-    "a tool's exception ends the run": ("        except Exception as error:\n            return cut_middle(", "        except ZeroDivisionError as error:\n            return cut_middle("),
+    "a tool's exception ends the run": (
+        "        except Exception as error:\n            return cut_middle(",
+        "        except ZeroDivisionError as error:\n            return cut_middle("),
 }
 
 # Slow tests, or about other things.
 LEFT_OUT = ("learns", "a_compare", "compare_runs", "resume", "users_command", "cascade", "demonstrations",
             "clean_habits", "bad_", "python_tool", "network", "program", "formats", "cache", "answers")
 SCRIPTS = {  # script -> (its mutations, the file they are in, quick tests)
-    "sod": (SOD, "sod.py", ("tests/test_sod.py", "tests/test_common.py", "-k", "not " + " and not ".join(LEFT_OUT))),
-    "srpo": (SRPO, "srpo.py", ("tests/test_srpo.py", "-k", "not solves and not resume and not compare and not every_method "
-                               "and not precision and not command_line")),
-    "ropd": (ROPD, "ropd.py", ("tests/test_ropd.py", "-k", "by_hand or worked or come_back or every_method or selection or once "
-                               "or three_tries or sft or premise")),
-    "rollout": (ROLLOUT, "common.py", ("tests/test_common.py", "-k", "agree or greedy or other_models or multi_turn or budget or "
-                                       "waiting or pad or sampler or record or follow or tool_that or same_seed")),
+    "sod": (SOD, "sod.py", (
+        "tests/test_sod.py", "tests/test_common.py", "-k", "not " + " and not ".join(LEFT_OUT))),
+    "srpo": (SRPO, "srpo.py", (
+        "tests/test_srpo.py", "-k", "not solves and not resume and not compare and not every_method "
+        "and not precision and not command_line")),
+    "ropd": (ROPD, "ropd.py", (
+        "tests/test_ropd.py", "-k", "by_hand or worked or come_back or every_method or selection or once "
+        "or three_tries or sft or premise")),
+    "rollout": (ROLLOUT, "common.py", (
+        "tests/test_common.py", "-k", "agree or greedy or other_models or multi_turn or budget or "
+        "waiting or pad or sampler or record or follow or tool_that or same_seed")),
 }
 
 
@@ -242,15 +260,18 @@ def main() -> bool:
     with tempfile.TemporaryDirectory() as cache:  # for the tiny models, fitted in the first run
         for name in ["no mutation", *names]:
             with tempfile.TemporaryDirectory() as folder:
-                shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", "runs", "*cache*"))
+                left_out = shutil.ignore_patterns(".git", "runs", "*cache*")
+                shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=left_out)
                 if name in mutations:
                     replaced(Path(folder), name, mutations, file)
-                command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
+                command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider",
+                           *tests]
                 env = {"TEST_CACHE": cache, **os.environ}
                 run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
             caught = re.findall(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - |$)", run.stdout, re.M)
             print(f"{name}: {', '.join(caught) or run.stdout.strip().splitlines()[-1]}", flush=True)
-            if run.returncode not in (0, 1) or bool(caught) != (name in mutations):  # unmutated, nothing may fail
+            # unmutated, nothing may fail
+            if run.returncode not in (0, 1) or bool(caught) != (name in mutations):
                 unnoticed.append(name)
     print("unnoticed or broken: " + ", ".join(unnoticed) if unnoticed else "every mutation was noticed")
     return bool(unnoticed)

@@ -1,7 +1,7 @@
 """By hand: a chat model as ROPD's rubricator and verifier, beside the rules, on the same answers.
 
-    python tests/experiments/real_judge.py --judge DIR_OR_URL                           16 questions of the chain
-    python tests/experiments/real_judge.py --judge DIR_OR_URL --data FILE --model DIR   8 questions of a file
+    python tests/experiments/real_judge.py --judge DIR_OR_URL              16 questions of the chain
+    python tests/experiments/real_judge.py --judge DIR_OR_URL --data FILE --model DIR      8 of a file
 
 The chain's answers come from ropd.py's tiny student, before any training, and from its rules as teacher. For
 a file, --model writes the rollouts, and the file's own solution stands in for a teacher's answer; no rule can

@@ -1,6 +1,6 @@
 """By hand: a pretrained language model of 135 M parameters, trained by srpo.py's own loop on a CPU.
 
-    python tests/experiments/real_training.py --model HuggingFaceTB/SmolLM2-135M-Instruct [--steps 20] [--seeds 1]
+    python tests/experiments/real_training.py --model HuggingFaceTB/SmolLM2-135M-Instruct [--seeds 1]
 
 The problem: which is the largest of five two-digit numbers? Two solved ones stand in the prompt. GRPO, SDPO
 and SRPO at the paper's ratio of learning rates, 1 : 10 : 5, and GRPO once more at SRPO's rate, 4 problems x 8
@@ -65,8 +65,9 @@ def main():
         for name, summaries in common.compared(srpo.train, config, CELLS, "real_training").items():
             found[name] += summaries
     print(common.seed_table(found, {"accuracy_before": "before, T = 1", "accuracy_after": "after",
-                                    "greedy_accuracy_before": "before, greedy", "greedy_accuracy_after": "after",
-                                    "length_after": "length", "seconds_per_step": "s/step"}))
+                                    "greedy_accuracy_before": "before, greedy",
+                                    "greedy_accuracy_after": "after", "length_after": "length",
+                                    "seconds_per_step": "s/step"}))
     print("share solved in training, mean of five steps and of the seeds")
     for name in CELLS:
         slug = name.replace(" ", "-").replace(".", "-")

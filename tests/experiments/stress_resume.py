@@ -1,7 +1,7 @@
 """Each training script, killed with -9 at random moments and resumed, must end with the metrics of a run that
 was never stopped, times excepted.
 
-    python tests/experiments/stress_resume.py [KILLS [SCRIPT ...]]      20 kills each by default, some minutes a script
+    python tests/experiments/stress_resume.py [KILLS [SCRIPT ...]]      20 kills each; minutes a script
 """
 import random
 import subprocess
