@@ -114,7 +114,8 @@ def day_of(t):
 
 def read_date(text, told):
     """-> (since when it is true, until when it is planned), by its first time expression: a past one says
-    when an event was, one still to come when a plan ends; without one (told, "")."""
+    when an event was, one still to come when a plan ends; without one (told, ""). An event of last year
+    counts from the year's last day: what was told during the year was told before it."""
     match = DATE.search(text)
     if not match:
         return told, ""
@@ -136,7 +137,9 @@ def read_date(text, told):
             return told, ""
         first = np.datetime64(span, "D")
         last = np.datetime64(span + 1, "D") - 1
-    return (told, str(last)) if str(last) >= told[:10] else (str(first), "")
+    if "since" in match[0].lower():
+        return min(str(first), told), ""
+    return (told, str(last)) if str(last) >= told[:10] else (str(last), "")
 
 
 # ------------------------------------------------------------------ 2.1 records
@@ -159,6 +162,7 @@ class Claim:
     reliability: float = 0.9  # 0.4 about another person
     until: str = ""  # last day of a plan
     single: bool = False  # one value at a time (a home), or many side by side (hobbies)
+    past: bool = False  # it held once: "I lived in Rome"
     slot: Slot = None  # set when a model has matched the claim to a chain
 
 
@@ -199,7 +203,6 @@ class Node:
 class Schema(Node):
     """One behavioural regularity inside one domain: forming, stable, contested, dormant or withdrawn."""
     behaviour: str = ""  # the text without the nouns of its domain: what V_beh embeds
-    replaces: str = None  # the schema whose opposite it is
 
 
 @dataclass
@@ -252,7 +255,7 @@ def chains_of(beliefs):
 
 # ------------------------------------------------------------------ the store: the only place that sets links
 class Store:
-    """All records of one user. Every change is one event: checked first, then applied as a whole."""
+    """All records of one user. Every change is one event; links are checked before they are set."""
     has_news = True  # has anything been written since the last night?
 
     def __init__(self, log=()):
@@ -360,11 +363,15 @@ class Store:
         return self.turns[turn].text[start:end]
 
     def mentioned(self, question):
-        """Whom a question is about: people whom it names, or their kinship; else the first speaker."""
+        """Whom a question is about: those of whose names or kinship it has most words; else the first
+        speaker."""
         asked = set(re.findall(r"\w+", question.lower()))
-        known = dict.fromkeys([*self.people, *(slot.subject for slot in self.heads)])
-        named = [person for person in known if person != "user" and asked & set(person.lower().split())]
-        return named or self.people[:1]
+        shared = {}  # person -> words of theirs in the question
+        for person in [*self.people, *(slot.subject for slot in self.heads)]:
+            if person != "user":
+                shared[person] = len(asked.intersection(re.findall(r"\w+", person.lower())))
+        most = max(shared.values(), default=0)
+        return [person for person in shared if shared[person] == most] if most else self.people[:1]
 
     def containing(self, phrase):
         """Ids of the beliefs that say every content word of a phrase."""
@@ -445,9 +452,10 @@ def slot_of(store, claim):
     member = key(claim.value)
     if claim.single:
         head = store.head(slot)
-        if claim.polarity != -1 or (head and key(head.value) == member):
+        fits = claim.polarity != -1 and not claim.past
+        if fits or (head and (key(head.value) == member or claim.t_event < head.t_event)):
             return slot
-        attribute = "event"  # "I no longer live in Rome" does not end Paris
+        attribute = "event"  # neither "I no longer live in Rome" nor "I lived in Rome" ends Paris
     if attribute == "event":  # a free fact: only the same sentence confirms it, none excludes it
         member = " ".join(re.findall(r"\w+", claim.text.lower()))
     return Slot(claim.subject, attribute, member)
@@ -506,8 +514,8 @@ def write_claims(store, turn, claims):
                 continue  # said twice in one turn: a sentence cannot confirm itself
             id_ = before.id
             data = {"source": source}
-            # Told again with an earlier date: it was true since then. `decide` saw that what stands before
-            # it is older still, unless it was to be forgotten.
+            # Told again with an earlier date: it was true since then. Only of a forgotten belief `decide`
+            # has not seen that what stands before it is older still.
             if claim.t_event < before.t_event and before.status != "suppressed":
                 data["t_event"] = claim.t_event
         else:
@@ -631,7 +639,9 @@ def plan_schemas(memory, now, schemas):
             schema = schemas[id_]
             schema.evidence = sorted({*schema.evidence, *draft.evidence})
             schema.against = sorted({*schema.against, *draft.against} - {*schema.evidence})
-            schema.replaces = draft.replaces or schema.replaces
+            if draft.replaces in schemas:  # what shows the new habit speaks against the old one
+                old = schemas[draft.replaces]
+                old.against = sorted({*old.against, *draft.evidence} - {*old.evidence})
 
 
 def collisions(behaviour, content, domains, limits):
@@ -816,7 +826,7 @@ def fuse(rankings):
 
 
 def search(memory, question):
-    """Turns and beliefs by relevance: [(score, id)], best first. A superseded one brings its chain."""
+    """Turns and beliefs by relevance: [(score, id)], best first."""
     if not memory.turns:
         return []
     if not memory.index or memory.index.events != len(memory.log):
@@ -908,7 +918,7 @@ def intention_lines(memory, now):
 
 
 def hit_lines(memory, question):
-    """What the search finds, a belief as its chain; not the turns on which a belief before them rests."""
+    """What the search finds: a belief as its chain; a turn only if no belief above it rests on it."""
     lines = []
     cited = set()
     for _, id_ in search(memory, question):
@@ -935,10 +945,11 @@ class Memory(Store):
         self.limits = LIMITS.get(encoder, LIMITS["mpnet"])
         self.index = None  # of the search
 
-    def observe(self, text, t, session="s1", speaker="user"):
+    def observe(self, text, t, session="", speaker="user"):
         """System1, in the write: keep the raw turn first, then extract, reconcile, apply. -> [(op, id)], []
-        where nothing was read: the turn is kept all the same and can be found by its words."""
-        return self.ingest([(text, t, session, speaker)])[0]
+        where nothing was read: the turn is kept all the same and can be found by its words. Without a name
+        of its own a day is a session."""
+        return self.ingest([(text, t, session or t[:10], speaker)])[0]
 
     def ingest(self, turns):
         """[(text, t, session, speaker)] -> [[(op, id)]]. All turns are extracted in one batch."""
@@ -968,12 +979,11 @@ class Memory(Store):
         speaker = self.turns[turn].speaker if turn else [*self.people, "user"][0]
         ids = self.backend.forgets(self, what, speaker)
         ids = sorted(set(ids) - self.forgotten)
-        if not ids:
-            return []
-        hide = {turn} - {""}
+        hide = set()  # turns of which no belief was made are found here alone
         for secret in (what, *(self.beliefs[i].value for i in ids)):
             hide.update(told.id for told in self.turns.values() if says(told.text, secret))
-        self.commit("SUPPRESS", ids, turn, hide=sorted(hide))
+        if ids or hide:
+            self.commit("SUPPRESS", ids, turn, hide=sorted({turn, *hide} - {""}))
         return ids
 
     def sleep(self, now):
@@ -981,7 +991,7 @@ class Memory(Store):
         night(self, now)
 
     def recall(self, question, now, budget=800):
-        """Question -> Recall within `budget` tokens, SCHEMA_LINES schemas and cores beside it, no filler."""
+        """Question -> Recall within `budget` tokens, SCHEMA_LINES schemas and cores beside it; no filling up."""
         chosen = {}
         for node in visible_schemas(self, question, now)[:SCHEMA_LINES]:
             chosen[node.id] = Line(node.id, "schema", node.text, node.created)
@@ -1054,6 +1064,8 @@ class Backend:
     """
 
 
+# Words with capital letters; what comes after them is not the name: "Acme as an engineer".
+NAME = r"(the )?(?P<value>(?-i:[A-Z])\S*( ((of|de|&) )?(?-i:[A-Z0-9])\S*)*).*"
 # One row an attribute, the first that fits is read. To teach the memory a new one, add a row.
 # name, with a hint for a model | one value at a time or many | how it is said | how a question asks for it
 # In what is said, NAME is a value with a capital letter ("I joined a gym" is no job), VALUE any; "+" holds,
@@ -1061,12 +1073,12 @@ class Backend:
 # about, "my" is theirs.
 TABLE = """
 plan (with a date) | many | > I (am|is|will|plan to) VALUE | -
-residence (a place) | one | + I lives? in NAME; + I (am|is) (living |back )?in NAME; \
+residence (a place) | one | + I lives? in NAME; + I (am|is) (living|back) in NAME; \
 + I moved (back )?to NAME; @ I (lived|was living) in NAME | live|lived|moved? to
 employer (a company) | one | + I works? (at|for) NAME; + I joined NAME; + I started (working )?at NAME; \
-+ I switched to NAME; @ I worked (at|for) NAME; 0 I (lost|quit|left) (my|his|her) job | work|employer|job
+@ I worked (at|for) NAME; 0 I (lost|quit|left) (my|his|her) job | work|employer|job
 occupation (a profession) | one | + my job is an? VALUE; + I works? as an? VALUE | profession|job
-name (their own) | one | + my name is NAME; + I (am|is) called NAME | my name|'s name|am I called
+name (their own) | one | + my name is NAME; + I (am|is) called NAME | my name|am I called
 partner | one | + I (am|is) (married|engaged) to VALUE | partner|married|engaged
 diet | one | + I (am|is|became) an? (?P<value>vegan|vegetarian) | diet
 condition (health) | many | + I have (?P<value>migraines?|asthma|diabetes|insomnia|allergies)( .*)? | -
@@ -1087,7 +1099,7 @@ def read_table(table):
         frames = []
         for frame in said.split("; "):
             sign, pattern = frame.split(" ", 1)
-            pattern = pattern.replace("NAME", "(the )?(?P<value>(?-i:[A-Z]).+)")
+            pattern = pattern.replace("NAME", NAME)
             pattern = pattern.replace("VALUE", "(?P<value>.+)")
             frames.append((sign, re.compile(f"^{pattern}$", re.I)))
         question = re.compile(rf"\b({asked})\b", re.I) if asked != "-" else None
@@ -1415,8 +1427,8 @@ embed_for_search = hashed(1)
 
 # ------------------------------------------------------------------ rules: a controlled English
 # What the story, the tests and the miniature benchmark speak: the frames of the table, plans with a date, and
-# all else that begins with "I" or "My sister", as a free fact. A clause with a question mark, in quotation
-# marks, with "maybe", "would" and the like, or about anybody else gives nothing.
+# all other clauses in which "I" or "my sister" comes early, as free facts. A clause with a question mark, in
+# quotation marks, with "maybe", "would" and the like, or without such a subject gives nothing.
 RELATIVES = "sister|brother|mother|father|wife|husband|partner|son|daughter|friend|neighbour|colleague|boss"
 WHO = rf"(?P<who>(?:{RELATIVES})\b(?: [A-Z][a-z]+\b)?)"
 SUBJECT = re.compile(rf"^(?P<lead>.{{0,40}}?)\b(?:I|[Mm]y {WHO}) (?P<rest>.+)$", re.S)
@@ -1450,7 +1462,7 @@ def read_rules(turn):
 def clauses(text):
     """-> (start, clause, does its sentence end in a question mark?); quoted speech is blanked out."""
     text = re.sub(r'"[^"]*"|“[^”]*”', lambda quoted: " " * len(quoted[0]), text)
-    for sentence in re.finditer(r"(?:[.](?=\w)|[^.!?\n])+[.!?]*", text):
+    for sentence in re.finditer(r"(?:[.](?=\w)|(?<=\b(?:St|Mr|Ms|Dr))[.]|[^.!?\n])+[.!?]*", text):
         start = sentence.start()
         for piece in re.split(r"(;|,? (?:and|but) (?=I\b|my\b))", sentence[0]):
             clause = piece.strip(" .,;!?")
@@ -1492,7 +1504,7 @@ def read_frame(said, lead, is_past, until):
             value = tidy(match.groupdict().get("value", ""))
             polarity = {"-": -1, "0": 0}.get(mark, 1)
             if key(value) or polarity == 0:
-                return Claim(attribute, value, polarity=polarity * sign)
+                return Claim(attribute, value, polarity=polarity * sign, past=mark == "@")
     return None
 
 

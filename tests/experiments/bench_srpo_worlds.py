@@ -69,7 +69,7 @@ def main():
     else:
         common.fail(f"there is no world '{world}'; give codes or unripe")
     config = common.parse(srpo.Config, ["--save_every", "0", "--out", f"runs/worlds/{world}", *flags])
-    found = common.compared(srpo.train, config, CELLS, world)
+    found = common.compared(srpo.train, config, CELLS, "srpo")
     print(common.seed_table(found, {
         "accuracy_before": "start", "accuracy_after": "T = 1", "accuracy_best": "best",
         "mean accuracy": "mean", "length_before": "length, start", "length_after": "end",

@@ -62,7 +62,7 @@ def main():
     found = {name: [] for name in CELLS}
     for seed in range(args.seeds):  # seed by seed: a table that is cut short is a table of fewer seeds
         config.seed, config.seeds = seed, 1
-        for name, summaries in common.compared(srpo.train, config, CELLS, "real_training").items():
+        for name, summaries in common.compared(srpo.train, config, CELLS, "srpo").items():
             found[name] += summaries
     print(common.seed_table(found, {"accuracy_before": "before, T = 1", "accuracy_after": "after",
                                     "greedy_accuracy_before": "before, greedy",
