@@ -138,9 +138,12 @@ def setup(config) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         fail(f"device '{name}' is not usable on this machine; try --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a CUDA graph records what the current device does
+    return device
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -201,7 +204,8 @@ def save(state: dict, path: Path) -> None:
 
 
 def cached(model, key, build: Callable, fresh: bool = False):
-    """Loads `model`'s weights from the cache, or trains it in place by `build()`. key: all they depend on."""
+    """Loads `model`'s weights from the cache, or trains it in place by `build()`. key: the data and settings
+    they depend on; after a change of the code, --fresh."""
     key = json.dumps([key, model.config.to_dict(), torch.__version__, transformers.__version__], default=str)
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "four-papers"
     path = root / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
@@ -237,7 +241,9 @@ def fit_tiny(name: str, model, docs: list, steps: int, lr: float = 3e-3, seed: i
         model.train()
         batches = batches_of(docs, random.Random(seed))
         for step in progress(range(steps), desc=f"fitting {name}"):
-            ids, mask = [padded(part, 0) for part in zip(*next(batches))]           # (B, T) each
+            all_ids, all_masks = zip(*next(batches))
+            ids = padded(all_ids, 0)                                                # (B, T)
+            mask = padded(all_masks, 0)                                             # (B, T)
             loss = -token_logps(model, ids, mask).sum() / mask.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -285,6 +291,8 @@ def load_model(name: str, device, trainable: bool = True):
     else:
         dtype = torch.float32
     model, tok = load_pretrained(name, AutoModelForCausalLM, dtype)
+    if model.config._attn_implementation != "sdpa":  # others add a bool mask to the scores
+        fail(f"'{name}' has no SDPA attention, which rollouts need; take another model")
     if tok.chat_template is None:
         fail(f"the tokenizer of '{name}' has no chat template; take an instruction-tuned model")
     tok.pad_token = tok.pad_token or tok.eos_token
@@ -486,7 +494,7 @@ TOOLS = {tool.name: tool for tool in (
 def parse_tool_call(text: str) -> dict | None:
     """The first well-formed <tool_call>{"name": ..., "arguments": {...}}</tool_call> in a turn, or None."""
     for body in re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.DOTALL):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             match json.loads(body):
                 case {"name": str(), "arguments": dict()} as call:
                     return call
@@ -497,7 +505,7 @@ def run_tools(tool: Tool | None, calls: list[dict]) -> list[tuple[str, str]]:
     """-> (text for the model, status) a call. An exception in a tool costs one answer, not the run."""
     def answer(call):
         if call["name"] != tool.name:
-            return f"error: there is no tool {call['name'][:40]}", "error"
+            return f"error: there is no tool {call['name'][:40]!a}", "error"
         try:
             return tool.run(call["arguments"])
         except Exception as error:
@@ -511,8 +519,10 @@ def run_tools(tool: Tool | None, calls: list[dict]) -> list[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------ prompts
 @functools.lru_cache(maxsize=64)  # the vocabulary is copied at each call
 def end_of_turn(tok) -> int:
-    """Id that ends an assistant's turn. Qwen3-Base ends texts with another token, but turns with this one."""
-    return tok.get_vocab().get("<|im_end|>", tok.eos_token_id)
+    """Id that ends an assistant's turn. Base models and Gemma end texts with another token, their eos."""
+    vocab = tok.get_vocab()
+    marks = ("<|im_end|>", "<end_of_turn>", "<|end|>")  # Qwen's, Gemma's, Phi's
+    return next((vocab[mark] for mark in marks if mark in vocab), tok.eos_token_id)
 
 
 def render(tok, messages, tools, thinking: bool) -> str:
@@ -945,7 +955,7 @@ def on_grid(mask, values):
 
 def micro_batches(rollouts: Rollouts, rows: list[int], size: int):
     """Splits `rows` into lists of at most `size` (0: all), each with the columns it uses. Similar lengths
-    together and the longest first, so that memory runs out in the first step or never."""
+    together and the longest first, so that memory runs out at the start of a step, if at all."""
     rows = sorted(rows, key=lambda i: -rollouts.lengths[i])
     size = size or max(1, len(rows))
     for i in range(0, len(rows), size):
@@ -1048,9 +1058,9 @@ def evaluate(model, tok, tasks: list[Task], **sampling) -> dict:
 
 
 # ------------------------------------------------------------------------------------- runs on disk
-# Flags that change no number of a step.
-FREE_FLAGS = ("steps", "out", "resume", "overwrite", "threads", "save_every", "show_every", "fresh",
-              "compare", "methods", "seeds", "explain")
+# Flags that change no number of a step, but for rounding.
+FREE_FLAGS = ("steps", "out", "resume", "overwrite", "threads", "micro_batch", "save_every", "show_every",
+              "fresh", "compare", "methods", "seeds", "explain")
 
 
 def fingerprint(config, script: str) -> dict:
@@ -1161,14 +1171,14 @@ class Run:
             self.warn("more than half of the rollouts are cut; raise --max_new_tokens or --max_turns")
         if entropy < 0.01:
             self.warn("the entropy is below 0.01: the model repeats itself; lower --lr")
-        if not math.isfinite(norm):
-            self.notes["skipped_steps"] += 1
-            self.warn("a gradient is not finite; such steps are skipped and counted; lower --lr")
         return {"entropy": entropy, "grad": norm, "length": float(tokens / len(rollouts.mask)), "cut": cut,
                 "flat groups": f"{flat}/{len(groups)}"}
 
     def step(self, step: int, started: float, figures: dict, **more) -> None:
         """One line on the console (`figures`), one object in metrics.jsonl (`figures` and `more`)."""
+        if not math.isfinite(figures.get("grad", 0.0)):
+            self.notes["skipped_steps"] += 1
+            self.warn("a gradient is not finite; such steps are skipped and counted; lower --lr")
         seconds = time.time() - started
         self.notes["step_seconds"] += seconds
         values = [f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()]
@@ -1276,20 +1286,24 @@ def compared(train: Callable, config, variants: dict[str, dict], script: str) ->
 
 
 def finished_cell(cell, script: str) -> dict | None:
-    """The summary of a cell that need not be trained again; else None, and --resume or --overwrite is set."""
+    """The summary of a cell that need not be trained again; else None, and --resume or --overwrite is set. A
+    finished cell of other flags or code is not thrown away unasked."""
     folder = Path(cell.out)
     now = fingerprint(cell, script)
     path = folder / "summary.json"
-    if path.exists() and not cell.overwrite:
+    if cell.overwrite:
+        return None
+    if path.exists():
         summary = json.loads(path.read_text())
         if summary["fingerprint"] == now and summary["config"]["steps"] == cell.steps:
             print(f"taken from {folder}, where it was finished earlier; --overwrite trains it again")
             return summary
-        print(f"{folder} was finished with other flags, steps or code")
     state = last_state(folder)
     same = state is not None and state["notes"]["fingerprint"] == now
-    cell.resume = not cell.overwrite and same and state["notes"]["step"] <= cell.steps
+    cell.resume = same and state["notes"]["step"] <= cell.steps
     cell.overwrite = not cell.resume
+    if path.exists() and not cell.resume:
+        fail(f"{folder} was finished with other flags, steps or code; give another --out, or --overwrite")
     return None
 
 
@@ -1322,6 +1336,8 @@ def launch(config, train: Callable, **actions: Callable) -> None:
     given = [flag for flag in actions if getattr(config, flag)]
     if len(given) > 1:
         fail(f"--{' and --'.join(given)} contradict each other; give one of them")
+    if getattr(config, "methods", None) and not config.compare:
+        fail("--methods picks rows of --compare; a single run takes --method")
     action = actions[given[0]] if given else train
     try:
         action(config)
@@ -1338,7 +1354,8 @@ def launch(config, train: Callable, **actions: Callable) -> None:
 def chat_backend(name: str, model_name: str = "", max_new_tokens: int = 512, *, json_object: bool = False,
                  rows_at_once: int = 0, device: str = "", **network) -> Callable:
     """A function: conversations (lists of messages), temperature -> texts, None where no full answer came.
-    name: a Hugging Face id or folder, or an OpenAI-compatible server's URL (`model_name`: its model)."""
+    name: a Hugging Face id or folder, or an OpenAI-compatible server's URL (`model_name`: its model). A
+    model's dice start anew with each process, so a resumed run is not digit for digit the same."""
     if name.startswith(("http://", "https://")):
         return endpoint(name, model_name, max_new_tokens, json_object, **network)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -1388,7 +1405,8 @@ def endpoint(url: str, model_name: str, max_new_tokens: int, json_object: bool, 
                     break
             else:
                 cut = choice.finish_reason in ("length", "content_filter")
-                return text if isinstance(text, str) and text and not cut else None, ""
+                usable = isinstance(text, str) and text and not cut
+                return (text if usable else None), ""
         return None, said
 
     def chat(conversations, temperature=0.0):
@@ -1410,7 +1428,7 @@ def read_object(text: str) -> dict:
     found = re.search(r'\{\s*".*', text.rsplit("</think>", 1)[-1], re.DOTALL)  # \boxed{5} opens no object
     try:
         return json.JSONDecoder().raw_decode(found[0] if found else "")[0]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("the reply holds no whole JSON object") from None
 
 

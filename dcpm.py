@@ -991,7 +991,7 @@ class Memory(Store):
         night(self, now)
 
     def recall(self, question, now, budget=800):
-        """Question -> Recall within `budget` tokens, SCHEMA_LINES schemas and cores beside it; no filling up."""
+        """Question -> Recall within `budget` tokens, SCHEMA_LINES schemas and cores beside it; no filler."""
         chosen = {}
         for node in visible_schemas(self, question, now)[:SCHEMA_LINES]:
             chosen[node.id] = Line(node.id, "schema", node.text, node.created)

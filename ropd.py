@@ -14,8 +14,8 @@ The method:
 3. One call to a *verifier*: yes or no for every criterion on every answer of a shuffled pool, in which
    nothing tells teacher from student.
 4. The reward of a rollout is its share of the points, added up here: the judge's own total is only checked.
-5. The rest is GRPO. If a judge's reply cannot be read, the whole group is left out of the update; a made-up
-   reward of 0 would push against rollouts that nobody has judged.
+5. The rest is GRPO. If a judge's reply cannot be read, the whole group is left out of the update: with reward
+   0 for all it would push nothing, but its tokens would make the gradient of the others smaller.
 
 `train` has these five blocks in this order. What they call: Eq. 1 `teacher_answers`, Eq. 2 `ask_rubrics`,
 Eq. 3 `ask_verdicts`, Eq. 4 `rubric_reward`, Eq. 6 `common.group_advantages`, Eq. 7-8 `common.policy_loss`.
@@ -680,6 +680,8 @@ def train(config: Config) -> dict:
         answers = teacher_answers(teacher, tasks, config.teacher_answers) if teacher else []
         if method.imitates:
             norm = sft_update(student, tok, optimizer, tasks, answers, config, step)
+            if not any(answers):
+                run.warn("the teacher gave no answer to any question of a step")
             run.step(step + 1, started, {"teacher answers": sum(map(len, answers)), "grad": norm})
             run.end_step(step + 1, measure)
             continue
@@ -699,10 +701,13 @@ def train(config: Config) -> dict:
             ask_rubrics(groups, judge, method, tally)
             # 3. Eq. 3: v_ik = Verifier(x, C, pool): does answer i meet criterion k?
             ask_verdicts(groups, judge, tally)
-            # 4. Eq. 4: r_i = sum_k w_k v_ik / sum_k w_k;   the 0 of a group that is left out is never used
+            # 4. Eq. 4: r_i = sum_k w_k v_ik / sum_k w_k
             rewards = []
             for group in groups:
-                rewards += rewards_of(group, group.students) or [0.0] * n
+                if group.left_out:
+                    rewards += [0.0] * n  # in no one's place: `kept` takes these rows out of the update
+                else:
+                    rewards += rewards_of(group, group.students)
             reward = torch.tensor(rewards, dtype=torch.double)                                      # (B,)
             kept = torch.tensor([not group.left_out for group in groups]).repeat_interleave(n)      # (B,)
 
@@ -796,7 +801,9 @@ def explain(config: Config) -> None:
     ask_rubrics([group], judge, METHODS[config.method], tally)
     ask_verdicts([group], judge, tally)
     show_group(group, common.rewards(rollouts, [task]).tolist(), rows=config.group_size)
-    print(f"points, who meets the criterion (teacher | students); {tally['calls']} judge calls")
+    if group.rubric and not group.left_out:
+        print("points, who meets the criterion (teacher | students)")
+    print(f"{tally['calls']} judge calls")
     if not group.left_out:
         average = mean(rewards_of(group, group.students))
         print(f"advantage of a rollout: its reward - {average:.3f}, their mean")

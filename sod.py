@@ -75,7 +75,7 @@ def step_weights(d: list[float], delta: float = 0.2, epsilon: float = 1e-6) -> l
 
 
 def first_failed_call(tool_status: list[str]) -> int:
-    """Index of the first turn whose call failed. If none did, an index behind the last turn: no rule acts."""
+    """Index of the first turn whose call failed. If none did, the number of turns: all come before it."""
     for k, status in enumerate(tool_status):
         if status in ("error", "timeout"):
             return k
@@ -109,7 +109,7 @@ def mask_after_error(d: list[float], first_error: int, delta: float) -> list[flo
 
 
 # method: (rule for the weights, coefficient of the GRPO advantage, coefficient of the distillation advantage)
-# A rule of your own needs a row here and nothing else.
+# A rule of your own needs a function above, a row here, and nothing else.
 METHODS = {
     "sod": (divergence_ratio, 1, 1),
     "opd_grpo": (uniform, 1, 1),  # what the paper's main table calls OPD
@@ -313,7 +313,8 @@ def tiny_teacher(config: Config, tok):
     teacher = common.tiny_model(tok, seed, hidden_size=96)
     common.fit_tiny("the teacher", teacher, docs, steps=250, seed=seed, fresh=config.fresh)
     weights = b"".join(p.detach().numpy().tobytes() for p in teacher.parameters())
-    # The source of `improve` is in the key: a reader who edits it must get a new teacher.
+    # The source of `improve` is in the key: a reader who edits it must get a new teacher. What it calls is
+    # not: after a change of `common.update` or the like, --fresh.
     key = ["grpo", hashlib.sha256(weights).hexdigest(), rate, inspect.getsource(improve), seed]
     return common.cached(teacher, key, lambda: improve(teacher, tok, rate, seed), config.fresh)
 
@@ -336,7 +337,8 @@ def improve(model, tok, timeout_rate: float, seed: int, steps: int = 40) -> None
 
 # ----------------------------------------------------------------------------------------- training
 def evaluate(student, tok, tasks: list[Task], config: Config) -> dict:
-    """The same problems and dice for every method; a time-out hits the n-th call."""
+    """The same problems and dice for every method: time-outs hit the same numbers of calls, perhaps the 3rd
+    and the 17th, whichever rollout makes them."""
     tool = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(0))
     return common.evaluate(student, tok, tasks, tool=tool, **config.sampling)
 
@@ -385,7 +387,7 @@ def train(config: Config) -> dict:
 
         # 3. s_t = log pi(y_t | x, y_<t),   q_t = log pi_teacher(y_t | x, y_<t)
         logps = rollouts.logps                                                      # (B, T) s
-        teacher_logps = logps                                                       # (B, T) q
+        teacher_logps = logps  # without a teacher q = s: no advantage              # (B, T) q
         if distill:
             teacher_logps, _ = common.score(teacher, rollouts, config.temperature, config.micro_batch)
 
@@ -409,8 +411,9 @@ def train(config: Config) -> dict:
         tokens = mask.sum()
         figures = {"solved": float(reward.mean())}
         figures["|A|"] = float(advantages.abs().sum() / tokens)
-        figures["kl(teacher)"] = float(((logps - teacher_logps) * mask).sum() / tokens)
-        figures["weight"] = float(weights.sum() / tokens)
+        if distill:
+            figures["kl(teacher)"] = float(((logps - teacher_logps) * mask).sum() / tokens)
+            figures["weight"] = float(weights.sum() / tokens)
         figures |= tool_figures(rollouts.tool_status)
         figures |= run.rollout_figures(rollouts, reward, norm)
         run.step(step + 1, started, figures, rollout_seconds=rollout_ended - started,
@@ -441,6 +444,7 @@ def first_rollouts(config: Config, count: int):
     tool = flaky(common.TOOLS[config.tool], config.timeout_rate, random.Random(config.seed))
     rollouts = common.rollout(student, tok, tasks, tool=tool, generator=generator,
                               temperature=config.temperature, **config.sampling)
+    common.rescore(student, rollouts, config)
     return teacher, tok, tasks, rollouts
 
 

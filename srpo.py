@@ -9,7 +9,8 @@ What happens in a step:
 1. Sample a group of rollouts for every problem and reward each with 0 or 1.
 2. A *wrong* rollout with a *correct sibling* in its group is routed to distillation, every other one to GRPO.
 3. The self-teacher, a slow copy (EMA) of the student, sees the question plus the sibling's solution and
-   re-reads the student's own tokens; it never writes. Each is pulled towards what the teacher expects (JSD).
+   re-reads the student's own tokens; it never writes. At every token the student's distribution is pulled
+   towards the teacher's (JSD).
 4. A token counts more where the teacher is sure: weight exp(-beta H), rescaled to mean 1 over the batch.
 5. All token losses are summed and divided by one number, so distillation fades as fewer rollouts are wrong.
 6. One update of the student; the teacher follows by a twentieth of the way.
@@ -28,7 +29,8 @@ By section of the paper: routing (3.1) `pick_demonstration`, `route`; advantage 
 teacher (2.2, Table 3) `reprompt`, `teacher_pass`, `ema_update`.
 
     paper                                          here
-    32 x 8 rollouts, Qwen3-4B and 8B               tiny: 16 x 8; the learning rates keep the ratio 1 : 10 : 5
+    32 x 8 rollouts, Qwen3-4B and 8B               16 x 8; the learning rates keep the ratio 1 : 10 : 5
+    updates a batch: GRPO 4, the others 1          1 for all, so GRPO is held back further than in the paper
     JSD on the student's top 100 tokens (code)     full vocabulary, in chunks: exact
     SDPO: mean over rollouts of token means (code) one mean over all tokens, as in the formula
     advantage divided by std in 2.1, not in 4.1    not divided
@@ -93,7 +95,7 @@ def ema_update(teacher, student, rate: float) -> None:
 
 # ------------------------------------------------------------------------------------ the methods
 class Method(NamedTuple):
-    """A row of the table at the head of this file; d = 1: the rollout is distilled."""
+    """A row of the table at the head of this file; d = 1: the rollout may be distilled, if z_sdpo > 0."""
     distill: str             # of the rollouts with a correct sibling, which have d = 1: wrong, right or all
     z_grpo: float            # where d = 0
     z_grpo_distilled: float  # where d = 1
@@ -232,7 +234,7 @@ def student_pass(student, teacher, rollouts: Rollouts, rows: list, columns: slic
     distilled = distilled[rows, columns]                                            # (b, t)
     hidden = common.hidden_at(student, ids, mask)                                   # (n, hidden)
 
-    # rho = pi(y_t) / pi_old(y_t): it is 1, and its gradient that of log pi(y_t): this policy has sampled y_t
+    # rho = pi(y_t) / pi_old(y_t). pi_old is this very policy: rho is 1, its gradient that of log pi(y_t)
     logps = sampled_logps(student, hidden, ids[mask], temperature)                  # (n,)
     rho = common.on_grid(mask, (logps - logps.detach()).exp())                      # (b, t)
 
@@ -275,7 +277,7 @@ def train(config: Config) -> dict:
         tasks = rng.sample(train_tasks, config.prompts_per_step)
         rollouts = common.sample(student, tok, tasks, config, generator)
         reward = common.rewards(rollouts, tasks)                                    # (B,)
-        # A_i = r_i - mean over the *whole* group: over its GRPO part, all of them right, it would always be 0
+        # A_i = r_i - mean(r) over the *whole* group: in its GRPO part all are right, their A would be 0
         A = common.group_advantages(reward, config.group_size, std=False)           # (B,)
 
         # 2. z_sdpo = (1 - c) m,   z_grpo = 1 - z_sdpo;   in N, rollouts without any gradient count, too
@@ -283,7 +285,7 @@ def train(config: Config) -> dict:
         z_grpo, z_sdpo, counted = route(reward, demos, config.method, config.distill)   # (B,) each
         N = rollouts.mask[counted].sum()
 
-        # 3. pi_teacher(. | x, sibling, y_<t), for the routed rollouts alone: SRPO saves time, GRPO has none
+        # 3. pi_teacher(. | x, sibling, y_<t), for the routed rollouts alone: the fewer, the faster
         teacher_started = time.time()
         routed = z_sdpo.nonzero()[:, 0].tolist()
         teacher_states, H = teacher_pass(teacher, tok, tasks, rollouts, demos, routed, config)  # .., (B, T)
@@ -553,8 +555,8 @@ def main(argv=None) -> None:
         common.fail(f"--ema {config.ema} is out of range; give a share from 0 to 1")
     if config.minibatches != 1:
         common.fail("--minibatches must be 1: the weights and N belong to one update on the whole batch")
-    if config.compare and config.lr is not None:
-        common.fail("--compare sets the learning rates itself; leave --lr out")
+    if config.compare and (config.lr is not None or config.method != "srpo"):
+        common.fail("--compare runs every method and sets the learning rates; leave --method and --lr out")
     common.launch(config, train, explain=explain, compare=compare)
 
 

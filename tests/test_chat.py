@@ -97,7 +97,7 @@ def test_read_object():
     for text in (good, f"```json\n{good}\n```", f"<think>{{}}</think>Sure: {good} hope {{it}} helps",
                  good + '{"c": 1}', f"The answer is \\boxed{{5}}. {good}", f"x in {{1,2}}: {good}"):
         assert common.read_object(text) == value, text
-    for text in ("", "no object", good[:-3]):
+    for text in ("", "no object", good[:-3], '{"a": ' + "[" * 100_000):
         with pytest.raises(ValueError, match="JSON object"):
             common.read_object(text)
 

@@ -222,7 +222,7 @@ def test_multi_turn_ids_masks_and_tool_messages(monkeypatch, tok, model):
             [call("2", name="no_such_tool"), "\\boxed{9}"]]
     out = run_script(monkeypatch, tok, model, rows)
     end = common.end_of_turn(tok)
-    answers = [["5", common.BAD_EXPRESSION], [], ["error: there is no tool no_such_tool"]]
+    answers = [["5", common.BAD_EXPRESSION], [], ["error: there is no tool 'no_such_tool'"]]
     for i, turns in enumerate(rows):
         expected, mask = [], []
         for k, turn in enumerate(turns):
@@ -279,6 +279,14 @@ def test_pad_may_be_the_end_of_turn_token(tok, model):
     for i in a.finished.nonzero().flatten().tolist():  # the sampled end-of-turn is trained
         last = int(a.mask[i].nonzero()[-1])
         assert int(b.ids[i, last]) == common.end_of_turn(tok)
+
+
+def test_a_turn_ends_with_the_family_s_own_mark(tok):
+    for mark in ("<end_of_turn>", "<|end|>"):  # Gemma and Phi end texts with <eos>, turns with another
+        vocab = {"a": 0, "<eos>": 1, mark: 2}
+        other = mock.Mock(get_vocab=vocab.copy, eos_token_id=1)
+        assert common.end_of_turn(other) == 2
+    assert common.end_of_turn(mock.Mock(get_vocab=dict, eos_token_id=7)) == 7
 
 
 def test_same_seed_same_rollouts_and_greedy_is_the_argmax(tok, model):
@@ -522,7 +530,7 @@ def test_python_tool(tmp_path):
 
 def test_parse_tool_call():
     assert common.parse_tool_call(call("1+1")) == {"name": "calculator", "arguments": {"expression": "1+1"}}
-    for bad in ("", "{}", '{"name": 1, "arguments": {}}', '{"name": "a", "arguments": ""}'):
+    for bad in ("", "{}", '{"name": 1, "arguments": {}}', '{"name": "a", "arguments": ""}', "[" * 100_000):
         assert common.parse_tool_call(f"<tool_call>{bad}</tool_call>") is None
 
 
@@ -606,8 +614,11 @@ def test_bad_flags_are_refused_in_one_sentence(argv, word, refused):
 def test_auto_takes_a_gpu_but_for_tiny_models(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert common.setup(common.Config()).type == "cpu"
-    monkeypatch.setattr(torch, "empty", lambda *_, device: mock.Mock(device=device))
-    assert common.setup(common.Config(model="some/model")) == "cuda"
+    current = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: mock.Mock(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert common.setup(common.Config(model="some/model")).type == "cuda"
+    assert common.setup(common.Config(model="some/model", device="cuda:1")) == current[-1]
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -695,8 +706,9 @@ def test_stopped_and_resumed_equals_never_stopped_and_nothing_is_lost(tmp_path, 
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
-    """Finished cells are taken, a cell in the middle goes on; the table is that of an uninterrupted run."""
+def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch, refused):
+    """Finished cells are taken, a cell in the middle goes on; the table is that of an uninterrupted run.
+    What was finished with other flags or code is only replaced when asked."""
     trained = []
 
     def compare(out, stop=None, steps=3, **flags):
@@ -724,24 +736,19 @@ def test_a_compare_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
     assert "2 runs: 2 variants on 1 seeds" in out and "0 runs to go" in out
     for name in trained:
         assert timeless(tmp_path / "whole" / name) == timeless(tmp_path / "parts" / name)
-    trained.clear()  # fewer steps: a checkpoint of more must not pass for their result
-    compare("parts", steps=2)
+    trained.clear()
+    assert "--overwrite" in refused(compare, "parts", temperature=0.9)
+    assert "--overwrite" in refused(compare, "parts", steps=2)  # a checkpoint of more must not pass for it
+    fingerprint = common.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "fingerprint", lambda *how: {**fingerprint(*how), "code": "edited"})
+        assert "code" in refused(compare, "parts")
+    assert not trained and compare("parts") == whole
+    compare("parts", steps=2, overwrite=True)
     assert len(trained) == 2 and "step 1/2" in capsys.readouterr().out
     trained.clear()
-    compare("parts", overwrite=True)
-    assert len(trained) == 2
-    # what was changed shows at once: a flag, or the code of the script
-    trained.clear()
-    compare("parts", temperature=0.9)
-    assert len(trained) == 2
-    fingerprint = common.fingerprint
-    monkeypatch.setattr(common, "fingerprint", lambda *how: {**fingerprint(*how), "code": "edited"})
-    trained.clear()
-    compare("parts", temperature=0.9)
-    assert len(trained) == 2
-    trained.clear()
-    compare("parts", temperature=0.9)
-    assert not trained
+    compare("parts")  # to more steps it goes on
+    assert len(trained) == 2 and "step 1/3" not in capsys.readouterr().out
 
 
 def test_fresh_fits_the_models_of_each_seed_once(tmp_path):
@@ -804,6 +811,13 @@ def test_the_precision_of_cuda_on_a_cpu(tmp_path, monkeypatch, tok, model):
                                   (False, False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
         assert common.load_model(str(tmp_path / "bf16"), "cpu", trainable)[0].dtype is dtype
+
+
+def test_a_model_whose_attention_cannot_mask_is_refused(tok, model, monkeypatch, refused):
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    monkeypatch.setattr(common, "load_pretrained", lambda *_: (eager, tok))
+    assert "SDPA" in refused(common.load_model, "folder", "cpu")
 
 
 def test_grpo_learns(tmp_path):

@@ -325,6 +325,12 @@ def test_a_local_judge_that_writes_rubbish_moves_no_weight(tiny, tmp_path):
     assert steps_of(tmp_path / "r")[0]["missing"] == {"rubric": 4}
 
 
+def test_imitating_a_teacher_that_says_nothing_warns(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ropd, "teacher_answers", lambda teacher, tasks, m: [[] for _ in tasks])
+    ropd.train(quick(tmp_path / "r", method="sft"))
+    assert "warning: the teacher gave no answer" in capsys.readouterr().out
+
+
 def test_too_many_unreadable_groups_stop_the_run(tiny, tmp_path, monkeypatch, refused):
     rules = ropd.symbolic_judge
     monkeypatch.setattr(ropd, "symbolic_judge", lambda talks, **how: [

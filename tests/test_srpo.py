@@ -446,6 +446,7 @@ def test_the_paper_s_learning_rates():
 
 def test_the_command_line(refused, tmp_path):
     for flags, word in (("--method ppo", "ppo"), ("--ema 1.5", "--ema"), ("--minibatches 2", "--minibatches"),
-                        ("--compare --lr 1e-4", "leave --lr out"), ("--data none.json", "none.json")):
+                        ("--compare --lr 1e-4", "--lr out"), ("--methods grpo", "--method"),
+                        ("--compare --method grpo", "--method"), ("--data none.json", "none.json")):
         assert word in refused(srpo.main, ["--out", str(tmp_path / "r"), *flags.split()])
     assert srpo.Config().max_new_tokens == 64 and srpo.Config(data="train.json").max_new_tokens == 1024
