@@ -1303,7 +1303,7 @@ def finished_cell(cell, script: str) -> dict | None:
     cell.resume = same and state["notes"]["step"] <= cell.steps
     cell.overwrite = not cell.resume
     if path.exists() and not cell.resume:
-        fail(f"{folder} was finished with other flags, steps or code; give another --out, or --overwrite")
+        fail(f"{folder} holds a run of other flags, steps or code; move it, or give --out or --overwrite")
     return None
 
 

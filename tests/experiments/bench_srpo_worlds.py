@@ -18,8 +18,8 @@ import common
 import srpo
 from common import Task
 
-CELLS = {"grpo 4e-5": {"method": "grpo"}, "grpo 2e-4": {"method": "grpo", "lr": 2e-4},
-         "sdpo 4e-4": {"method": "sdpo"}, "srpo 2e-4": {"method": "srpo"}}
+CELLS = {"srpo 2e-4": {"method": "srpo"}, "sdpo 4e-4": {"method": "sdpo"},
+         "grpo 4e-5": {"method": "grpo"}, "grpo 2e-4": {"method": "grpo", "lr": 2e-4}}
 WORDS = [a + b + c for a in "bdgk" for b in "aeiou" for c in "lr"]
 LOT = random.Random(3)
 TRUTH = {word: LOT.randint(1, 6) for word in WORDS}
@@ -71,8 +71,9 @@ def main():
     config = common.parse(srpo.Config, ["--save_every", "0", "--out", f"runs/worlds/{world}", *flags])
     found = common.compared(srpo.train, config, CELLS, "srpo")
     print(common.seed_table(found, {
-        "accuracy_before": "start", "accuracy_after": "T = 1", "accuracy_best": "best",
-        "mean accuracy": "mean", "length_before": "length, start", "length_after": "end",
+        "accuracy_after": "T = 1", "greedy_accuracy_after": "greedy", "accuracy_best": "best, T = 1",
+        "accuracy_before": "start, T = 1", "mean accuracy": "mean", "length_before": "start, length",
+        "length_after": "length", "teacher H, first": "teacher H, first", "teacher H, last": "last",
         "routed, first": "routed, first", "routed, last": "last"}))
 
 
