@@ -705,7 +705,7 @@ def train(config: Config) -> dict:
             rewards = []
             for group in groups:
                 if group.left_out:
-                    rewards += [0.0] * n  # in no one's place: `kept` takes these rows out of the update
+                    rewards += [0.0] * n  # never used: `kept` takes these rows out of the update
                 else:
                     rewards += rewards_of(group, group.students)
             reward = torch.tensor(rewards, dtype=torch.double)                                      # (B,)

@@ -2,7 +2,7 @@
 
     python tests/experiments/mutate_dcpm.py
 
-Applies seven mutations, one after the other, runs the tests of dcpm.py with each and prints which of them
+Applies eight mutations, one after the other, runs the tests of dcpm.py with each and prints which of them
 fail. Exit code 1 if a mutation goes unnoticed. In the child process this file is a pytest plugin.
 """
 import os
@@ -25,9 +25,9 @@ def schema_texts(backend, memory, schemas):
     return [s.text for s in schemas]
 
 
-def ignoring(induce):
-    """An inducer whose drafts have no evidence against them."""
-    return lambda *args: [draft._replace(against=()) for draft in induce(*args)]
+def without(induce, **fields):
+    """An inducer whose drafts lack these fields: no evidence against them, no link to the old habit."""
+    return lambda *args: [draft._replace(**fields) for draft in induce(*args)]
 
 
 MUTATIONS = {  # name -> [(owner, attribute, what it becomes)]
@@ -37,7 +37,10 @@ MUTATIONS = {  # name -> [(owner, attribute, what it becomes)]
     "sweep -> every pair": [(dcpm, "collisions", lambda rows, *_: ~np.eye(rows.shape[0], dtype=bool))],
     "watermark off": [(dcpm.Store, "has_news", property(lambda self: True, lambda self, value: None))],
     "strip -> identity": [(backend, "strip", schema_texts) for backend in (dcpm.Rules, dcpm.LLM)],
-    "against ignored": [(backend, "induce", ignoring(backend.induce)) for backend in (dcpm.Rules, dcpm.LLM)],
+    "against ignored": [(backend, "induce", without(backend.induce, against=()))
+                        for backend in (dcpm.Rules, dcpm.LLM)],
+    "replaces ignored": [(backend, "induce", without(backend.induce, replaces=None))
+                         for backend in (dcpm.Rules, dcpm.LLM)],
 }
 
 
