@@ -114,8 +114,8 @@ def day_of(t):
 
 def read_date(text, told):
     """-> (since when it is true, until when it is planned), by its first time expression: a past one says
-    when an event was, one still to come when a plan ends; without one (told, ""). An event of last year
-    counts from the year's last day: what was told during the year was told before it."""
+    when an event was, one still to come when a plan ends; without one (told, ""). What was "in
+    2021" is filed on the last day of 2021, behind all that was told in that year."""
     match = DATE.search(text)
     if not match:
         return told, ""
@@ -363,13 +363,13 @@ class Store:
         return self.turns[turn].text[start:end]
 
     def mentioned(self, question):
-        """Whom a question is about: those of whose names or kinship it has most words; else the first
+        """Whom a question is about: people whose names or kinship share most words with it; else the first
         speaker."""
         asked = set(re.findall(r"\w+", question.lower()))
         shared = {}  # person -> words of theirs in the question
         for person in [*self.people, *(slot.subject for slot in self.heads)]:
             if person != "user":
-                shared[person] = len(asked.intersection(re.findall(r"\w+", person.lower())))
+                shared[person] = len(asked.intersection(re.findall(r"\w\w+", person.lower())))
         most = max(shared.values(), default=0)
         return [person for person in shared if shared[person] == most] if most else self.people[:1]
 

@@ -515,6 +515,7 @@ def test_of_two_sisters_the_named_one_is_meant():
     memory = Memory()
     memory.observe("I live in Oslo. My sister lives in Rome.", "2024-05-01", speaker="Bob")
     assert "Rome" in ask(memory, "Where does Bob's sister live?")
+    assert memory.mentioned("What's new?") == ["Bob"]  # the s of "Bob's" is no word
 
 
 # ---------------------------------------------------------------- the controlled language
