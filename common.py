@@ -505,7 +505,7 @@ def run_tools(tool: Tool | None, calls: list[dict]) -> list[tuple[str, str]]:
     """-> (text for the model, status) a call. An exception in a tool costs one answer, not the run."""
     def answer(call):
         if call["name"] != tool.name:
-            return f"error: there is no tool {call['name'][:40]!a}", "error"
+            return f"error: there is no tool {call['name'][:40]!r}", "error"
         try:
             return tool.run(call["arguments"])
         except Exception as error:
@@ -1176,7 +1176,7 @@ class Run:
 
     def step(self, step: int, started: float, figures: dict, **more) -> None:
         """One line on the console (`figures`), one object in metrics.jsonl (`figures` and `more`)."""
-        if not math.isfinite(figures.get("grad", 0.0)):
+        if not math.isfinite(figures["grad"]):
             self.notes["skipped_steps"] += 1
             self.warn("a gradient is not finite; such steps are skipped and counted; lower --lr")
         seconds = time.time() - started

@@ -114,19 +114,17 @@ def day_of(t):
 
 def read_date(text, told):
     """-> (since when it is true, until when it is planned), by its first time expression: a past one says
-    when an event was, one still to come when a plan ends; without one (told, ""). What was "in
-    2021" is filed on the last day of 2021, behind all that was told in that year."""
+    when an event was, one still to come when a plan ends; without one (told, ""). What was "in 2021"
+    is filed on the last day of 2021, behind all that was told in that year."""
     match = DATE.search(text)
     if not match:
         return told, ""
     if match["near"]:
         near = match["near"].lower()
         # of the conversation: by the wall clock old dialogues would rot
-        first = day_of(told) + timedelta(NEAR[near])
-        last = first
-        if "week" in near:  # Monday to Sunday
-            first -= timedelta(first.weekday())
-            last = first + timedelta(6)
+        last = day_of(told) + timedelta(NEAR[near])
+        if "week" in near:  # to its Sunday
+            last += timedelta(6 - last.weekday())
     else:
         text = match["iso"] or match["year"]
         if match["month"]:
@@ -135,11 +133,11 @@ def read_date(text, told):
             span = np.datetime64(text)  # a day, a month or a year
         except ValueError:  # 2024-02-31: not a date after all
             return told, ""
-        first = np.datetime64(span, "D")
+        if "since" in match[0].lower():
+            return min(str(np.datetime64(span, "D")), told), ""
         last = np.datetime64(span + 1, "D") - 1
-    if "since" in match[0].lower():
-        return min(str(first), told), ""
-    return (told, str(last)) if str(last) >= told[:10] else (str(last), "")
+    last = str(last)
+    return (told, last) if last >= told[:10] else (last, "")
 
 
 # ------------------------------------------------------------------ 2.1 records
@@ -371,7 +369,9 @@ class Store:
             if person != "user":
                 shared[person] = len(asked.intersection(re.findall(r"\w\w+", person.lower())))
         most = max(shared.values(), default=0)
-        return [person for person in shared if shared[person] == most] if most else self.people[:1]
+        if not most:
+            return self.people[:1]
+        return [person for person in shared if shared[person] == most]
 
     def containing(self, phrase):
         """Ids of the beliefs that say every content word of a phrase."""
@@ -452,8 +452,8 @@ def slot_of(store, claim):
     member = key(claim.value)
     if claim.single:
         head = store.head(slot)
-        fits = claim.polarity != -1 and not claim.past
-        if fits or (head and (key(head.value) == member or claim.t_event < head.t_event)):
+        is_news = claim.polarity != -1 and not claim.past
+        if is_news or (head and (key(head.value) == member or claim.t_event < head.t_event)):
             return slot
         attribute = "event"  # neither "I no longer live in Rome" nor "I lived in Rome" ends Paris
     if attribute == "event":  # a free fact: only the same sentence confirms it, none excludes it

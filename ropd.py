@@ -636,6 +636,7 @@ def sft_update(student, tok, optimizer, tasks, answers, config, step: int) -> fl
             sequences.append(ids)
             masks.append(mask)
     if not sequences:
+        common.print_once("warning: the teacher gave no answer to any question of a step")
         return 0.0
     ids = common.padded(sequences, 0, device=student.device)                        # (D, T)
     mask = common.padded(masks, 0, device=student.device)                           # (D, T)
@@ -680,8 +681,6 @@ def train(config: Config) -> dict:
         answers = teacher_answers(teacher, tasks, config.teacher_answers) if teacher else []
         if method.imitates:
             norm = sft_update(student, tok, optimizer, tasks, answers, config, step)
-            if not any(answers):
-                run.warn("the teacher gave no answer to any question of a step")
             run.step(step + 1, started, {"teacher answers": sum(map(len, answers)), "grad": norm})
             run.end_step(step + 1, measure)
             continue
@@ -701,14 +700,9 @@ def train(config: Config) -> dict:
             ask_rubrics(groups, judge, method, tally)
             # 3. Eq. 3: v_ik = Verifier(x, C, pool): does answer i meet criterion k?
             ask_verdicts(groups, judge, tally)
-            # 4. Eq. 4: r_i = sum_k w_k v_ik / sum_k w_k
-            rewards = []
-            for group in groups:
-                if group.left_out:
-                    rewards += [0.0] * n  # never used: `kept` takes these rows out of the update
-                else:
-                    rewards += rewards_of(group, group.students)
-            reward = torch.tensor(rewards, dtype=torch.double)                                      # (B,)
+            # 4. Eq. 4: r_i = sum_k w_k v_ik / sum_k w_k;   the 0s of a group that is left out are never used
+            rewards = [rewards_of(group, group.students) or [0.0] * n for group in groups]
+            reward = torch.tensor(rewards, dtype=torch.double).flatten()                            # (B,)
             kept = torch.tensor([not group.left_out for group in groups]).repeat_interleave(n)      # (B,)
 
         # 5. Eq. 6, as in the code: A_i = r_i - mean(r);     Eq. 7-8: the clipped loss of A_i

@@ -74,7 +74,7 @@ def one_step(tmp_path, monkeypatch):
                 (common, "rescore", lambda *args: vars(rollouts).update(logps=s)), (common, "score", score),
                 (common, "rewards", lambda *args: reward),
                 (common, "update", lambda *args: updates.append(args) or 0.0),
-                (common.Run, "rollout_figures", lambda *args: {}),
+                (common.Run, "rollout_figures", lambda *args: {"grad": 0.0}),
                 (common, "evaluate", lambda *args, **how: dict.fromkeys(
                     ("accuracy", "se", "greedy_accuracy", "greedy_se", "length", "finished"), 0.0))):
             monkeypatch.setattr(owner, name, stand_in)

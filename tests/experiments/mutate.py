@@ -150,8 +150,8 @@ ROPD = {
     "Eq. 3: verdicts of another answer": (
         "zip(group.pool, verdicts)", "zip(group.pool, verdicts[1:] + verdicts[:1])"),
     "reward of the teacher for the student": (
-        "    rewards += rewards_of(group, group.students)",
-        "    rewards += rewards_of(group, group.teachers * n)[:n]"),
+        "rewards = [rewards_of(group, group.students) or",
+        "rewards = [rewards_of(group, group.teachers * n)[:n] or"),
     "reward of the student for the teacher": (
         "teacher_rewards += rewards_of(group, group.teachers)",
         "teacher_rewards += rewards_of(group, group.students)"),
